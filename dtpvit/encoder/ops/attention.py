@@ -1,0 +1,161 @@
+"""Attention over a packed batch: the only operation that knows about sequences.
+
+Shape letters: T packed tokens, B images, N longest sequence, H heads, E channels a head.
+"""
+
+from __future__ import annotations
+
+import inspect
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from dtpvit.encoder.ops.rows import take_rows
+from dtpvit.encoder.tokens import Layout
+
+__all__ = ["fold_key_bias", "packed_attention"]
+
+
+def packed_attention(
+    q_THE: Tensor,
+    k_THE: Tensor,
+    v_THE: Tensor,
+    layout: Layout,
+    *,
+    key_bias: Tensor | None = None,
+    causal: bool = False,
+) -> Tensor:
+    """Softmax attention of each image's tokens among themselves.
+
+    Equal lengths are a view, without copy or mask; ragged batches go to the variable-length flash kernel on CUDA in
+    half precision, elsewhere they are padded for this one call.
+
+    Args:
+        q_THE: Queries, shape (T, H, E).
+        k_THE: Keys, likewise.
+        v_THE: Values, likewise.
+        layout: Where each image's tokens lie.
+        key_bias: Added to the logits of each key, float32, shape (T,); it gets no gradient.
+        causal: Whether a token sees only those before it in its sequence, and itself.
+
+    Returns:
+        Shape (T, H, E).
+
+    Raises:
+        ValueError: If both ``key_bias`` and ``causal`` are asked for.
+    """
+    if key_bias is not None and causal:
+        raise ValueError("a key bias with causal attention is not supported")
+    if _has_varlen_kernel(q_THE) and not (layout.uniform and key_bias is None):
+        return _varlen(q_THE, k_THE, v_THE, layout, key_bias, causal)
+    if layout.uniform:
+        shape = (layout.batch, layout.longest)
+        q, k, v = (x.unflatten(0, shape).transpose(1, 2) for x in (q_THE, k_THE, v_THE))
+        mask = None if key_bias is None else _mask(key_bias.view(shape), q)
+        out = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+        return out.transpose(1, 2).flatten(0, 1)
+    return _padded(q_THE, k_THE, v_THE, layout, key_bias, causal)
+
+
+def fold_key_bias(q_THE: Tensor, k_THE: Tensor, v_THE: Tensor, key_bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Write an additive key bias into the channels, for flash kernels that take no bias.
+
+    Three channels hold sqrt(E) times the bias, rounded, and its remainders, so that half precision keeps it to
+    float32 accuracy; the head is padded with zeros to a multiple of 8. Call the kernel with scale = 1/sqrt(E) of the
+    original E and cut its output back to E channels.
+
+    Args:
+        q_THE: Queries, shape (T, H, E).
+        k_THE: Keys, likewise.
+        v_THE: Values, likewise.
+        key_bias: Shape (T,).
+
+    Returns:
+        Queries, keys, values, each of shape (T, H, E') with E' the multiple of 8 at or above E + 3.
+    """
+    total, heads, dim = q_THE.shape
+    parts, rest = [], key_bias.to(torch.float64 if q_THE.dtype == torch.float64 else torch.float32) * dim**0.5
+    for _ in range(3):
+        parts.append(rest.to(k_THE.dtype))
+        rest = rest - parts[-1].to(rest.dtype)
+    extra = 3 + (-(dim + 3)) % 8
+    zeros = q_THE.new_zeros(total, heads, extra - 3)
+    ones = q_THE.new_ones(total, heads, 3)
+    bias = torch.stack(parts, dim=-1)[:, None, :].expand(total, heads, 3)
+    q = torch.cat((q_THE, ones, zeros), dim=-1)
+    k = torch.cat((k_THE, bias, zeros), dim=-1)
+    v = torch.nn.functional.pad(v_THE, (0, extra))
+    return q, k, v
+
+
+def _mask(bias: Tensor, q: Tensor) -> Tensor:
+    """Key bias of shape (B, N) as a mask over (B, 1, N queries, N keys), without a copy."""
+    return bias.to(q.dtype)[:, None, None, :].expand(-1, 1, q.shape[2], -1)
+
+
+def _padded(q: Tensor, k: Tensor, v: Tensor, layout: Layout, key_bias: Tensor | None, causal: bool) -> Tensor:
+    shape = (layout.batch, layout.longest)
+    q, k, v = (
+        take_rows(x, layout.padded, layout.unpadded).unflatten(0, shape).transpose(1, 2) for x in (q, k, v)
+    )
+    if causal:
+        # Padding lies behind every real token, so the causal mask alone hides it.
+        out = scaled_dot_product_attention(q, k, v, is_causal=True)
+    else:
+        bias = torch.zeros(shape, device=q.device) if key_bias is None else key_bias[layout.padded].view(shape)
+        bias = bias.masked_fill(layout.padding, float("-inf"))
+        out = scaled_dot_product_attention(q, k, v, attn_mask=_mask(bias, q))
+    return _unpad(out.transpose(1, 2).flatten(0, 1), layout)
+
+
+class _Unpad(torch.autograd.Function):
+    """Keep the real rows of a padded batch; the gradient of padding is zero."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, unpadded: Tensor, padded: Tensor, padding: Tensor) -> Tensor:  # noqa: ANN001
+        ctx.save_for_backward(padded, padding)
+        return rows.index_select(0, unpadded)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor, None, None, None]:  # noqa: ANN001
+        padded, padding = ctx.saved_tensors
+        grad = grads[0].index_select(0, padded)
+        return grad.masked_fill_(padding.view(-1, 1, 1), 0.0), None, None, None
+
+
+def _unpad(rows: Tensor, layout: Layout) -> Tensor:
+    return _Unpad.apply(rows, layout.unpadded, layout.padded, layout.padding)
+
+
+def _has_varlen_kernel(q: Tensor) -> bool:
+    return q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
+
+
+@cache
+def _varlen_parameters() -> frozenset[str]:
+    from torch.nn.attention.varlen import varlen_attn
+
+    return frozenset(inspect.signature(varlen_attn).parameters)
+
+
+def _varlen(q: Tensor, k: Tensor, v: Tensor, layout: Layout, key_bias: Tensor | None, causal: bool) -> Tensor:
+    """The one place that knows the signature of torch's variable-length kernel, which changed after 2.11."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    dim = q.shape[-1]
+    scale = dim**-0.5
+    if key_bias is not None:
+        q, k, v = fold_key_bias(q, k, v, key_bias)
+    known = _varlen_parameters()
+    options: dict[str, object] = {}
+    if "scale" in known:
+        options["scale"] = scale
+    else:  # the kernel then scales by the padded width; bring the queries to what that makes right
+        q = q * (scale * q.shape[-1] ** 0.5)
+    if causal:
+        options.update({"is_causal": True} if "is_causal" in known else {"window_size": (-1, 0)})
+    borders, longest = layout.cumulative, layout.longest
+    out = varlen_attn(q, k, v, borders, borders, longest, longest, **options)  # pyright: ignore
+    return out[..., :dim]

@@ -1,0 +1,89 @@
+"""Decisions about boundaries: how many, which threshold, what a rate costs. All in float32 or wider."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dtpvit.encoder.tokens import Layout
+
+__all__ = ["band_loss", "batch_threshold", "binomial_loss", "ratio_loss", "straight_through", "top_per_image"]
+
+
+def straight_through(hard: Tensor, logits: Tensor, temperature: float) -> Tensor:
+    """``hard`` in value, the gradient of sigmoid(logits / temperature); shape (T,)."""
+    soft = torch.sigmoid(logits / temperature)
+    return hard + (soft - soft.detach())
+
+
+def batch_threshold(scores: Tensor, count: int) -> Tensor:
+    """Threshold that ``count`` of the scores exceed, halfway to the next one, a float32 scalar.
+
+    >>> batch_threshold(torch.tensor([0.0, 3.0, 1.0, 2.0]), 2)
+    tensor(1.5000)
+    """
+    if count <= 0:
+        return scores.new_full((), float("inf"))
+    if count >= len(scores):
+        return scores.new_full((), float("-inf"))
+    ordered = scores.sort(descending=True).values
+    return (ordered[count - 1] + ordered[count]) / 2
+
+
+def top_per_image(scores: Tensor, opening: Tensor, layout: Layout, keep: Tensor) -> Tensor:
+    """The ``keep`` highest scores of each image, ties to the earlier place; openings always count as highest.
+
+    Args:
+        scores: Shape (T,).
+        opening: Places that are taken in any case and do not count among ``keep``, bool, shape (T,).
+        layout: Of the T places.
+        keep: Further places to take of each image, int64, shape (B,).
+
+    Returns:
+        Taken places, bool, shape (T,).
+    """
+    masked = scores.masked_fill(opening, float("inf"))
+    cells = masked[layout.padded].view(layout.batch, layout.longest).masked_fill(layout.padding, float("-inf"))
+    rank = cells.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    forced = layout.num_prefix + 1
+    taken = rank < (keep + forced)[:, None]
+    return taken.reshape(-1)[layout.unpadded] | opening
+
+
+def binomial_loss(counts: Tensor, lengths: Tensor, rate: float) -> Tensor:
+    """Mean over images of -log Binomial(count; length, rate) / length.
+
+    The prior of Nawrot et al. (ACL 2023) in closed form, so that a count that is a float sum needs no rounding.
+
+    Args:
+        counts: Boundaries of each image, differentiable, float32, shape (B,).
+        lengths: Tokens of each image, shape (B,).
+        rate: Prior probability of a boundary.
+    """
+    n = lengths.to(torch.float32)
+    k = counts.clamp(min=0.0).minimum(n)
+    combinations = torch.lgamma(n + 1) - torch.lgamma(k + 1) - torch.lgamma(n - k + 1)
+    log_rate = torch.log(torch.tensor(rate, device=n.device))
+    log_rest = torch.log1p(torch.tensor(-rate, device=n.device))
+    return -((combinations + k * log_rate + (n - k) * log_rest) / n).mean()
+
+
+def ratio_loss(hard_rate: Tensor, mean_probability: Tensor, rate: float) -> Tensor:
+    """N/(N-1) * ((N-1) F G + (1-F)(1-G)) with N = 1/rate; least, 1, at F = G = rate.
+
+    Hwang, Wang and Gu, "Dynamic Chunking for End-to-End Hierarchical Sequence Modeling" (H-Net), 2025. Over a batch, so
+    that counts may vary from image to image.
+
+    Args:
+        hard_rate: F, share of boundaries; gets no gradient. Scalar.
+        mean_probability: G, mean boundary probability. Scalar.
+        rate: Target share.
+    """
+    n = 1 / rate
+    f, g = hard_rate.detach(), mean_probability
+    return n / (n - 1) * ((n - 1) * f * g + (1 - f) * (1 - g))
+
+
+def band_loss(rates: Tensor, low: float, high: float) -> Tensor:
+    """Mean hinge on each image's rate outside [low, high] (S-DRIP, Peng and Kumar 2025); ``rates`` of shape (B,)."""
+    return (torch.relu(low - rates) + torch.relu(rates - high)).mean()

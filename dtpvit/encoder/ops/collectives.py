@@ -1,0 +1,30 @@
+"""Statistics over all ranks; the identity where training runs in one process."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, distributed
+
+__all__ = ["gather_columns"]
+
+
+def gather_columns(values: Tensor) -> Tensor:
+    """Concatenate every rank's columns, in rank order; each rank may have another number of them.
+
+    Args:
+        values: Shape (R, n), detached.
+
+    Returns:
+        Shape (R, sum of n), the same on all ranks.
+    """
+    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
+        return values
+    world = distributed.get_world_size()
+    mine = torch.tensor([values.shape[1]], device=values.device)
+    counts = [torch.zeros_like(mine) for _ in range(world)]
+    distributed.all_gather(counts, mine)
+    sizes = torch.cat(counts).tolist()
+    padded = torch.nn.functional.pad(values, (0, max(sizes) - values.shape[1])).contiguous()
+    parts = [torch.empty_like(padded) for _ in range(world)]
+    distributed.all_gather(parts, padded)
+    return torch.cat([part[:, :size] for part, size in zip(parts, sizes, strict=True)], dim=1)

@@ -1,0 +1,86 @@
+"""Orders in which a grid of patches is read as one line."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+__all__ = ["ORDERS", "scan_order"]
+
+ORDERS = ("raster", "serpentine", "hilbert")
+
+
+@lru_cache(maxsize=64)
+def scan_order(order: str, rows: int, columns: int) -> Tensor:
+    """Raster index of the patch at each place of the line, int64, shape (rows * columns,), on the CPU.
+
+    ``raster`` reads row by row, ``serpentine`` turns at the end of each row, ``hilbert`` follows a generalised
+    Hilbert curve, so that a run of neighbours in the line is a compact region of the image.
+
+    >>> scan_order("serpentine", 2, 3)
+    tensor([0, 1, 2, 5, 4, 3])
+    >>> scan_order("hilbert", 2, 2)
+    tensor([0, 2, 3, 1])
+
+    Raises:
+        ValueError: If ``order`` is none of :data:`ORDERS`.
+    """
+    if order not in ORDERS:
+        raise ValueError(f"order is {order!r}; expected one of {', '.join(ORDERS)}")
+    index = torch.arange(rows * columns).view(rows, columns)
+    if order == "serpentine":
+        index = torch.where(torch.arange(rows)[:, None] % 2 == 0, index, index.flip(1))
+    if order != "hilbert":
+        return index.flatten()
+    walk: list[tuple[int, int]] = []
+    if columns >= rows:
+        _hilbert(walk, (0, 0), (0, columns), (rows, 0))
+    else:
+        _hilbert(walk, (0, 0), (rows, 0), (0, columns))
+    return torch.tensor([row * columns + column for row, column in walk])
+
+
+def _sign(x: int) -> int:
+    return (x > 0) - (x < 0)
+
+
+def _half(x: int) -> int:
+    """Half of x, rounded down for either sign, as the recursion below needs it."""
+    return x // 2
+
+
+def _hilbert(walk: list[tuple[int, int]], at: tuple[int, int], a: tuple[int, int], b: tuple[int, int]) -> None:
+    """Append the cells of the box spanned by ``a`` (the way to go) and ``b`` from corner ``at``.
+
+    A Hilbert curve for boxes of any size: a box much longer than wide is cut in two along ``a``, any other into the
+    three parts of the classical U, halves kept even where that avoids a diagonal step.
+    """
+    length, width = abs(a[0] + a[1]), abs(b[0] + b[1])
+    step_a, step_b = (_sign(a[0]), _sign(a[1])), (_sign(b[0]), _sign(b[1]))
+    if width == 1 or length == 1:
+        step, count = (step_a, length) if width == 1 else (step_b, width)
+        walk.extend((at[0] + step[0] * i, at[1] + step[1] * i) for i in range(count))
+        return
+    half_a, half_b = (_half(a[0]), _half(a[1])), (_half(b[0]), _half(b[1]))
+    if 2 * length > 3 * width:
+        if abs(half_a[0] + half_a[1]) % 2 and length > 2:
+            half_a = (half_a[0] + step_a[0], half_a[1] + step_a[1])
+        _hilbert(walk, at, half_a, b)
+        _hilbert(walk, _add(at, half_a), _sub(a, half_a), b)
+        return
+    if abs(half_b[0] + half_b[1]) % 2 and width > 2:
+        half_b = (half_b[0] + step_b[0], half_b[1] + step_b[1])
+    _hilbert(walk, at, half_b, half_a)
+    _hilbert(walk, _add(at, half_b), a, _sub(b, half_b))
+    end = _add(at, _add(_sub(a, step_a), _sub(half_b, step_b)))
+    _hilbert(walk, end, (-half_b[0], -half_b[1]), _sub(half_a, a))
+
+
+def _add(x: tuple[int, int], y: tuple[int, int]) -> tuple[int, int]:
+    return x[0] + y[0], x[1] + y[1]
+
+
+def _sub(x: tuple[int, int], y: tuple[int, int]) -> tuple[int, int]:
+    return x[0] - y[0], x[1] - y[1]

@@ -1,0 +1,182 @@
+"""Means over contiguous segments of a packed batch, and the gradient that teaches where segments start.
+
+Shape letters: T tokens in, S segments out, D channels. "Line" is the order in which tokens are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding_bag
+
+__all__ = ["ESTIMATORS", "Segments", "dtp_vote", "pool_segments", "segment_ids", "symmetric_vote"]
+
+
+def segment_ids(starts: Tensor) -> Tensor:
+    """Number the segments 0..S-1, given one where a token opens a segment; exact at any length and precision.
+
+    >>> segment_ids(torch.tensor([1.0, 0.0, 1.0]))
+    tensor([0, 0, 1])
+    """
+    return (starts.detach() > 0.5).to(torch.int64).cumsum(0) - 1
+
+
+@dataclass(frozen=True)
+class Segments:
+    """A partition of the line into contiguous segments.
+
+    Attributes:
+        ids: Segment of each place of the line, int64, shape (T,).
+        begin: Place where each segment begins, int64, shape (S,).
+        order: Token at each place of the line, int64, shape (T,), or None where the line is the packed order.
+        opening: Places that must begin a segment whatever the logits say, bool, shape (T,).
+        size: Patches of the token at each place, float32, shape (T,).
+        total: Patches of each segment, float32, shape (S,).
+    """
+
+    ids: Tensor
+    begin: Tensor
+    order: Tensor | None
+    opening: Tensor
+    size: Tensor
+    total: Tensor
+
+    @classmethod
+    def of(cls, starts: Tensor, count: int, size: Tensor, opening: Tensor, order: Tensor | None = None) -> Segments:
+        """Build from hard starts in line order.
+
+        Args:
+            starts: One where a segment begins, shape (T,).
+            count: How many ones there are, known on the host.
+            size: Patches of each token in packed order, shape (T,).
+            opening: Shape (T,), in line order.
+            order: Shape (T,).
+        """
+        ids = segment_ids(starts)
+        places = torch.arange(len(ids), device=ids.device)
+        slot = torch.where(starts.detach() > 0.5, ids, count)  # all that begin nothing share the last, unused slot
+        begin = places.new_empty(count + 1).scatter_(0, slot, places)[:count]
+        line_size = size if order is None else size[order]
+        # Sums of whole numbers: exact, hence the same in whatever order the device adds them.
+        total = line_size.new_zeros(count).index_add_(0, ids, line_size)
+        return cls(ids, begin, order, opening, line_size, total)
+
+    def tokens(self) -> Tensor:
+        """Segment of each token in packed order, int64, shape (T,)."""
+        if self.order is None:
+            return self.ids
+        return torch.empty_like(self.ids).scatter_(0, self.order, self.ids)
+
+
+Vote = Callable[[Tensor, Tensor, Tensor, Segments], Tensor]
+
+
+def _before(pull: Tensor, segments: Segments) -> Tensor:
+    """Size-weighted sum of ``pull`` over the places of the same segment before each place, over the segment's size."""
+    weighted = (pull * segments.size.to(pull.dtype)).to(torch.float64)
+    exclusive = weighted.cumsum(0) - weighted
+    within = exclusive - exclusive[segments.begin][segments.ids]
+    return (within / segments.total.to(torch.float64)[segments.ids]).to(pull.dtype)
+
+
+def dtp_vote(pull: Tensor, grad: Tensor, pooled: Tensor, segments: Segments) -> Tensor:
+    """Gradient at each start through the averaging weights of dynamic token pooling.
+
+    With w_l = 1 + (c_l - stop_gradient(c_l)), c the cumulative sum of the starts, and the weighted mean over each
+    segment, dL/db_j = sum over l >= j in j's segment of <g_s, h_l - p_s> / n_s (Nawrot et al., "Efficient
+    Transformers with Dynamic Token Pooling", ACL 2023, in closed form). It is exactly zero where a segment begins.
+
+    Args:
+        pull: <g_s, h_l - p_s> at each place l of segment s, shape (T,).
+        grad: Gradient g at the pooled features, shape (S, D).
+        pooled: Pooled features p, shape (S, D).
+        segments: The partition.
+
+    Returns:
+        Shape (T,), in line order.
+    """
+    # The pulls of a segment sum to zero, so what follows is minus what came before.
+    return -_before(pull, segments)
+
+
+def symmetric_vote(pull: Tensor, grad: Tensor, pooled: Tensor, segments: Segments) -> Tensor:
+    """How hard the loss pulls the two sides of each place apart, whichever way; shapes as in :func:`dtp_vote`.
+
+    Splitting a mean-pooled segment under size-proportional attention changes the loss by nothing at first order, so
+    the sign of :func:`dtp_vote` says little. Here every place votes for a boundary, by |<g_s, mean of what follows -
+    p_s>| where there is none and by |<g_{s-1}, p_{s-1} - m>| + |<g_s, p_s - m>|, m the mean of the two segments,
+    where there is one. Only relative size matters, so the mean vote is subtracted and the rate stays the rate
+    control's business.
+    """
+    vote = _before(pull, segments).abs()
+    share = segments.total.to(pooled.dtype)
+    share = share[1:] / (share[:-1] + share[1:])  # of the right one in each pair of neighbours
+    gap = pooled[1:] - pooled[:-1]
+    apart = (grad[:-1] * gap).sum(1).abs() * share + (grad[1:] * gap).sum(1).abs() * (1 - share)
+    vote = vote.index_copy(0, segments.begin[1:], apart.to(vote.dtype))
+    free = ~segments.opening
+    vote = vote.masked_fill(segments.opening, 0.0)
+    return -(vote - vote.sum() / free.sum().clamp(min=1)).masked_fill(segments.opening, 0.0)
+
+
+ESTIMATORS: dict[str, Vote] = {"dtp": dtp_vote, "symmetric": symmetric_vote}
+
+
+class _PoolSegments(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, starts: Tensor, segments: Segments, vote: Vote) -> Tensor:
+        order = segments.order
+        line = torch.arange(len(features), device=features.device) if order is None else order
+        # One fused pass that reads rows in line order and adds each segment in sequence: no (T, D) copy, no atomics.
+        total = embedding_bag(
+            line, features.detach(), segments.begin, mode="sum", per_sample_weights=segments.size.to(features.dtype)
+        )
+        pooled = total / segments.total[:, None].to(features.dtype)
+        ctx.save_for_backward(features, pooled)
+        ctx.segments, ctx.vote = segments, vote
+        return pooled
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        features, pooled = ctx.saved_tensors
+        segments: Segments = ctx.segments
+        grad = grads[0]
+        grad_features = grad_starts = None
+        if ctx.needs_input_grad[0]:
+            size = segments.size
+            if segments.order is not None:
+                size = torch.empty_like(size).scatter_(0, segments.order, size)
+            share = grad / segments.total[:, None].to(grad.dtype)
+            grad_features = share.index_select(0, segments.tokens()) * size[:, None].to(grad.dtype)
+        if ctx.needs_input_grad[1]:
+            wide = torch.promote_types(features.dtype, torch.float32)
+            line = features if segments.order is None else features.index_select(0, segments.order)
+            offset = (grad.to(wide) * pooled.to(wide)).sum(1)
+            pull = (grad.index_select(0, segments.ids).to(wide) * line.to(wide)).sum(1) - offset[segments.ids]
+            grad_starts = ctx.vote(pull, grad.to(wide), pooled.to(wide), segments)
+        return grad_features, grad_starts, None, None
+
+
+def pool_segments(features: Tensor, starts: Tensor, segments: Segments, *, estimator: str = "symmetric") -> Tensor:
+    """Size-weighted mean of the tokens of each segment.
+
+    Args:
+        features: Shape (T, D), packed order.
+        starts: Straight-through starts in line order: zero or one in value, differentiable, shape (T,).
+        segments: The partition that ``starts`` describes.
+        estimator: What gradient ``starts`` gets: ``"symmetric"`` (:func:`symmetric_vote`) or ``"dtp"``
+            (:func:`dtp_vote`).
+
+    Returns:
+        Shape (S, D). The gradient of ``features`` is exact; O(T * D) in time and memory, no (T, S) matrix.
+
+    Raises:
+        ValueError: If ``estimator`` is unknown.
+    """
+    if estimator not in ESTIMATORS:
+        raise ValueError(f"estimator is {estimator!r}; expected one of {', '.join(ESTIMATORS)}")
+    return _PoolSegments.apply(features, starts, segments, ESTIMATORS[estimator])

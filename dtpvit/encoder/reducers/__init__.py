@@ -1,0 +1,15 @@
+"""Token reducers: one published method a file, all behind :class:`TokenReducer`."""
+
+from dtpvit.encoder.reducers.base import Evidence, Reduction, TokenReducer
+from dtpvit.encoder.reducers.controls import FixedStride, GridPooling, RandomBoundaries
+from dtpvit.encoder.reducers.dynamic_pooling import DynamicPooling
+
+__all__ = [
+    "DynamicPooling",
+    "Evidence",
+    "FixedStride",
+    "GridPooling",
+    "RandomBoundaries",
+    "Reduction",
+    "TokenReducer",
+]

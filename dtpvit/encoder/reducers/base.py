@@ -1,0 +1,60 @@
+"""What every token reducer is and what it hands back."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from dtpvit.encoder.tokens import Tokens
+
+__all__ = ["Evidence", "Reduction", "TokenReducer"]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a reducer is told beside the tokens.
+
+    Attributes:
+        threshold: Training threshold on the noisy boundary logits, a scalar, where the caller fixes it because the
+            batch arrives in several pieces; None lets the reducer find its own.
+    """
+
+    threshold: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """What every reducer hands back.
+
+    Attributes:
+        tokens: The fewer tokens.
+        losses: Scalars to add to the task's loss, already weighted, by name.
+        scores: For :meth:`dtpvit.encoder.VisionEncoder.boundary_scores`: clean and noisy boundary logits of the tokens
+            that are free to start a segment, float32, shape (2, F); None for methods without logits.
+    """
+
+    tokens: Tokens
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    scores: Tensor | None = None
+
+
+class TokenReducer(nn.Module, ABC):
+    """Turns a packed batch into one of fewer tokens.
+
+    The contract, checked by one test over all reducers: in evaluation mode the result for an image does not depend on
+    its batch and two passes agree; prefix tokens survive in place; ``size`` over the other tokens sums to the patches
+    unless ``drops``; the task's gradient reaches every parameter.
+
+    Attributes:
+        drops: Whether patches may be lost.
+        needs_seed: Whether it makes random choices, as a function of ``tokens.seed``.
+    """
+
+    drops: bool = False
+    needs_seed: bool = False
+
+    @abstractmethod
+    def forward(self, tokens: Tokens, evidence: Evidence) -> Reduction:
+        """Reduce ``tokens``; must leave an image's result independent of its batch in evaluation mode."""

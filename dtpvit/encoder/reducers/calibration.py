@@ -1,0 +1,55 @@
+"""The threshold that evaluation uses, learned from the logits that training saw."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dtpvit.encoder.reducers.precision import FullPrecision
+
+__all__ = ["BoundaryCalibration"]
+
+
+class BoundaryCalibration(FullPrecision):
+    """Keeps the distribution of recent clean logits and the threshold that gives the target rate on them.
+
+    Each training step leaves its logits' quantile function, at ``resolution`` evenly spaced levels, in a window of the
+    last ``window`` steps; the threshold is the quantile of the whole window. Against a histogram this needs no range
+    fixed beforehand (logits start within 0.01 of each other and end tens apart), and it is exact to 1/resolution. It
+    is set anew at every training step, so that no validation and no checkpoint can meet a stale one.
+
+    All state is persistent, float32, and the same on every rank.
+    """
+
+    boundary_window: Tensor
+    boundary_share: Tensor
+    boundary_threshold: Tensor
+
+    def __init__(self, *, window: int = 32, resolution: int = 256) -> None:
+        super().__init__()
+        self.register_buffer("boundary_window", torch.full((window, resolution), float("nan")))
+        self.register_buffer("boundary_share", torch.full((window,), float("nan")))
+        self.register_buffer("boundary_threshold", torch.tensor(float("nan")))
+
+    @torch.no_grad()
+    def observe(self, logits: Tensor, share: float) -> None:
+        """Take in one training step.
+
+        Args:
+            logits: Clean logits of all free tokens of the step, over all ranks and micro-batches, shape (F,).
+            share: Share of them that the target rate wants above the threshold.
+        """
+        if len(logits) == 0:
+            return
+        resolution = self.boundary_window.shape[1]
+        level = (torch.arange(resolution, device=logits.device) + 0.5) / resolution
+        row = logits.to(torch.float32).sort().values[(level * len(logits)).long()]
+        # The window slides; copying 32 KiB a step is cheaper than a position that every rank must agree on.
+        self.boundary_window.copy_(torch.cat((self.boundary_window[1:], row[None])))
+        self.boundary_share.copy_(torch.cat((self.boundary_share[1:], self.boundary_share.new_tensor([share]))))
+        seen = self.boundary_window.flatten().sort().values  # NaN, not yet filled, sorts last
+        known = (~self.boundary_share.isnan()).sum()
+        cut = ((1 - self.boundary_share.nanmean()) * known * resolution).round().long()
+        below = seen[(cut - 1).clamp(min=0)]
+        above = seen[cut.clamp(max=known * resolution - 1)]
+        self.boundary_threshold.copy_((below + above) / 2)

@@ -1,0 +1,206 @@
+"""Dynamic token pooling: a learned predictor says where segments start, the patches of a segment are averaged."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from dtpvit.encoder.ops.boundaries import (
+    band_loss,
+    batch_threshold,
+    binomial_loss,
+    ratio_loss,
+    straight_through,
+    top_per_image,
+)
+from dtpvit.encoder.ops.collectives import gather_columns
+from dtpvit.encoder.ops.noise import logistic_noise
+from dtpvit.encoder.ops.rows import take_rows
+from dtpvit.encoder.reducers.base import Evidence, Reduction
+from dtpvit.encoder.reducers.boundary_pooling import BoundaryPooling
+from dtpvit.encoder.reducers.calibration import BoundaryCalibration
+from dtpvit.encoder.reducers.routers import ROUTERS
+from dtpvit.encoder.tokens import Layout, Tokens
+
+__all__ = ["DynamicPooling"]
+
+
+class DynamicPooling(BoundaryPooling):
+    """"Dynamic token pooling [...] allows for variable-size segments", here of an image's patches.
+
+    Nawrot et al., "Efficient Transformers with Dynamic Token Pooling", ACL 2023, with the corrections that images
+    need: the tail is a segment of its own, the task teaches the boundaries, evaluation is deterministic and an image's
+    result depends on that image alone.
+
+    While training, logistic noise on the logits makes the decision a Gumbel-sigmoid sample, hard in value and soft in
+    gradient. The noise is a function of ``tokens.seed``. In evaluation there is none.
+
+    Args:
+        dim: Width D of the tokens.
+        compression: Tokens in for each token out.
+        router: What scores the places: ``"mlp"``, ``"cosine"`` or ``"minimum_variance"``
+            (:mod:`dtpvit.encoder.reducers.routers`); the last is exact, has nothing to train and a fixed budget.
+        estimator: ``"symmetric"`` or ``"dtp"`` (:mod:`dtpvit.encoder.ops.segments`).
+        rate: What holds the mean rate: ``"quantile"``, the threshold is the quantile of the whole batch's noisy logits
+            that gives it, over all ranks; or one of the published losses ``"binomial"`` (a prior on each image's
+            count), ``"ratio"`` (H-Net's, on the batch) and ``"band"`` (a hinge on each image's rate), with threshold 0.
+        rate_weight: Weight of the rate loss.
+        band: Half-width of the band around 1 / compression, as a share of it.
+        budget: ``"dynamic"``: counts vary from image to image; ``"fixed"``: the top ceil(N / compression) logits of
+            each image, so that shapes are static.
+        order: ``"raster"``, ``"serpentine"`` or ``"hilbert"``.
+        proportional: Size-proportional attention after pooling.
+        temperature: Of the straight-through gradient.
+        null_token: Whether a learned token is put in front of the segments, as the method's language models have it.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+
+    needs_seed = True
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        compression: float,
+        router: Literal["mlp", "cosine", "minimum_variance"] = "mlp",
+        estimator: Literal["symmetric", "dtp"] = "symmetric",
+        rate: Literal["quantile", "binomial", "ratio", "band"] = "quantile",
+        rate_weight: float = 1.0,
+        band: float = 0.2,
+        budget: Literal["dynamic", "fixed"] = "dynamic",
+        order: Literal["raster", "serpentine", "hilbert"] = "hilbert",
+        proportional: bool = True,
+        temperature: float = 0.5,
+        null_token: bool = False,
+    ) -> None:
+        super().__init__(compression, order=order, proportional=proportional, estimator=estimator)
+        if router not in ROUTERS:
+            raise ValueError(f"router is {router!r}; expected one of {', '.join(ROUTERS)}")
+        if rate not in ("quantile", "binomial", "ratio", "band"):
+            raise ValueError(f"rate is {rate!r}; expected quantile, binomial, ratio or band")
+        if budget not in ("dynamic", "fixed"):
+            raise ValueError(f"budget is {budget!r}; expected dynamic or fixed")
+        self.rate, self.rate_weight, self.band = rate, rate_weight, band
+        self.temperature = temperature
+        self.boundary_predictor = ROUTERS[router](dim, initial_rate=None if rate == "quantile" else 1 / compression)
+        self.fixed = budget == "fixed" or self.boundary_predictor.decides
+        self.boundary_calibration = None if self.fixed else BoundaryCalibration()
+        self.boundary_null = nn.Parameter(torch.randn(1, dim)) if null_token else None
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, rate={self.rate!r}, budget={'fixed' if self.fixed else 'dynamic'}"
+
+    def forward(self, tokens: Tokens, evidence: Evidence) -> Reduction:
+        order = self.line(tokens)
+        layout = tokens.layout
+        with torch.autocast(tokens.features.device.type, enabled=False):
+            logits = self.boundary_predictor(tokens, order, *self.segments_wanted(layout))
+            scores = self._add_noise(logits, tokens)
+            hard, margin, joint = self._decide(logits, scores, layout, evidence)
+            starts = hard if self.boundary_predictor.decides else straight_through(hard, margin, self.temperature)
+            starts = torch.where(layout.opening, torch.ones_like(starts), starts)
+        fixed = self.segments_wanted(layout)[1] if self.fixed and layout.uniform else None
+        pooled = self.pool(tokens, starts, order, fixed=fixed)
+        if self.boundary_null is not None:
+            pooled = _put_in_front(pooled, self.boundary_null)
+        return Reduction(pooled, self._losses(starts, scores, layout), joint)
+
+    def _add_noise(self, logits: Tensor, tokens: Tokens) -> Tensor:
+        if not self.training or self.boundary_predictor.decides:
+            return logits
+        if tokens.seed is None:
+            raise ValueError("training needs tokens.seed, from which the noise of each image follows")
+        layout = tokens.layout
+        return logits + logistic_noise(tokens.seed[layout.image], layout.position).to(logits.dtype)
+
+    def _decide(
+        self, logits: Tensor, scores: Tensor, layout: Layout, evidence: Evidence
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Hard starts and how far each score is above its threshold, shape (T,); in training also the free scores."""
+        wanted = self.segments_wanted(layout)[0] - 1
+        free = ~layout.opening
+        calibration = self.boundary_calibration
+        if calibration is None or (not self.training and calibration.boundary_threshold.isnan()):
+            taken = top_per_image(scores.detach(), layout.opening, layout, wanted)
+            margin = scores - _cut(scores.detach(), taken & free, free, layout)
+            return taken.to(scores.dtype), margin, None
+        joint = None
+        threshold = scores.new_zeros(())
+        if not self.training:
+            threshold = calibration.boundary_threshold
+        else:
+            joint = torch.stack((logits.detach(), scores.detach()))[:, free]
+            if evidence.threshold is None:
+                threshold = self.set_threshold(joint, layout.total - layout.batch * layout.num_prefix, layout.batch)
+            else:
+                threshold = evidence.threshold
+        margin = scores - threshold.to(scores)
+        return (margin > 0).to(scores.dtype), margin, joint
+
+    @torch.no_grad()
+    def set_threshold(self, joint: Tensor, patches: int, images: int) -> Tensor:
+        """Training threshold of a step, and calibration of the evaluation threshold, over all ranks.
+
+        Args:
+            joint: Clean and noisy logits of this rank's free tokens, shape (2, F).
+            patches: Non-prefix tokens of this rank's images.
+            images: How many images those are.
+
+        Returns:
+            A scalar: the quantile that gives the rate, or 0 where a rate loss holds it.
+        """
+        tally = gather_columns(torch.tensor([[patches], [images]], device=joint.device)).sum(1).tolist()
+        joint = gather_columns(joint)
+        count = round(tally[0] / self.compression) - tally[1]
+        if self.boundary_calibration is not None:
+            self.boundary_calibration.observe(joint[0], min(1.0, max(0.0, count / max(1, joint.shape[1]))))
+        if self.rate != "quantile":
+            return joint.new_zeros(())
+        return batch_threshold(joint[1], count)
+
+    def _losses(self, starts: Tensor, scores: Tensor, layout: Layout) -> dict[str, Tensor]:
+        if self.rate == "quantile" or not self.training or self.boundary_predictor.decides:
+            return {}
+        target = 1 / self.compression
+        patches = (layout.lengths - layout.num_prefix).to(starts.dtype)
+        on_patches = starts.masked_fill(layout.prefix, 0.0)
+        counts = torch.zeros_like(patches).index_add(0, layout.image, on_patches)
+        if self.rate == "binomial":
+            loss = binomial_loss(counts, patches, target)
+        elif self.rate == "band":
+            loss = band_loss(counts / patches, target * (1 - self.band), target * (1 + self.band))
+        else:
+            probability = torch.sigmoid(scores)[~layout.opening].mean()
+            loss = ratio_loss(counts.detach().sum() / patches.sum(), probability, target)
+        return {"rate": self.rate_weight * loss}
+
+
+def _cut(scores: Tensor, taken: Tensor, free: Tensor, layout: Layout) -> Tensor:
+    """Halfway between the lowest score taken and the highest left of each image, at each of its places, shape (T,)."""
+    inf = scores.new_full((layout.batch,), float("inf"))
+    lowest = inf.scatter_reduce(0, layout.image, torch.where(taken, scores, inf[0]), "amin")
+    highest = (-inf).scatter_reduce(0, layout.image, torch.where(free & ~taken, scores, -inf[0]), "amax")
+    lowest = torch.where(lowest.isinf(), highest, lowest)
+    highest = torch.where(highest.isinf(), lowest, highest)
+    cut = (lowest + highest) / 2
+    return torch.where(cut.isinf(), torch.zeros_like(cut), cut)[layout.image]
+
+
+def _put_in_front(tokens: Tokens, extra: Tensor) -> Tokens:
+    """Add one learned token, shape (1, D), behind the prefix tokens of every image; it becomes a prefix token."""
+    old = tokens.layout
+    new = Layout(old.lengths + 1, old.longest + 1, old.total + old.batch, old.num_prefix + 1)
+    rows = torch.cat((tokens.features, extra.to(tokens.features.dtype).expand(old.batch, -1)))
+    inserted = new.position == old.num_prefix
+    kept = old.first[new.image] + new.position - (new.position > old.num_prefix).long()
+    index = torch.where(inserted, old.total + new.image, kept)
+    inverse = torch.empty_like(index).scatter_(0, index, torch.arange(new.total, device=index.device))
+    size = torch.cat((tokens.size, tokens.size.new_ones(old.batch)))[index]
+    bias = tokens.key_bias
+    bias = None if bias is None else torch.cat((bias, bias.new_zeros(old.batch)))[index]
+    return replace(tokens, features=take_rows(rows, index, inverse), layout=new, size=size, key_bias=bias)

@@ -1,0 +1,104 @@
+"""What decides how much a boundary belongs at each place of the line. Logits in float32 or wider."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from dtpvit.encoder.ops.min_variance import minimum_variance_starts
+from dtpvit.encoder.reducers.precision import FullPrecision
+from dtpvit.encoder.tokens import Tokens
+
+__all__ = ["ROUTERS", "CosineRouter", "MinimumVarianceRouter", "MlpRouter", "Router"]
+
+
+class Router(FullPrecision):
+    """Scores the places of the line; ``order`` is the token at each place, or None for the packed order.
+
+    Attributes:
+        decides: Whether the scores are the decision itself: one at the best starts for the asked number, else zero.
+    """
+
+    decides: bool = False
+
+    def __init__(self, dim: int, *, initial_rate: float | None) -> None:
+        super().__init__()
+
+    def forward(self, tokens: Tokens, order: Tensor | None, segments: Tensor, most: int) -> Tensor:
+        """Logits of shape (T,), in line order; ``segments`` wanted of each image, shape (B,), ``most`` of any."""
+        raise NotImplementedError
+
+
+class MlpRouter(Router):
+    """LayerNorm, Linear, GELU, Linear on each token: the boundary predictor of dynamic token pooling.
+
+    Args:
+        dim: Width D of the tokens.
+        initial_rate: Where a rate loss steers, the last layer has a bias that starts at its logit; where the threshold
+            follows the logits (None), a bias would change nothing and there is none.
+    """
+
+    def __init__(self, dim: int, *, initial_rate: float | None) -> None:
+        super().__init__(dim, initial_rate=initial_rate)
+        self.norm = nn.LayerNorm(dim)
+        self.fc1 = nn.Linear(dim, dim)
+        self.fc2 = nn.Linear(dim, 1, bias=initial_rate is not None)
+        nn.init.trunc_normal_(self.fc1.weight, std=dim**-0.5)
+        nn.init.zeros_(self.fc1.bias)
+        nn.init.trunc_normal_(self.fc2.weight, std=0.02)
+        if initial_rate is not None:
+            nn.init.constant_(self.fc2.bias, torch.logit(torch.tensor(initial_rate)).item())
+
+    def forward(self, tokens: Tokens, order: Tensor | None, segments: Tensor, most: int) -> Tensor:
+        x = self.norm(tokens.features.to(self.fc1.weight.dtype))
+        logits = self.fc2(nn.functional.gelu(self.fc1(x))).squeeze(-1)
+        return logits if order is None else logits[order]
+
+
+class CosineRouter(Router):
+    """Dissimilarity of neighbours on the line, p = (1 - cos(W_q x_{t-1}, W_k x_t)) / 2, as a logit.
+
+    The routing module of H-Net (Hwang, Wang and Gu 2025); W_q and W_k start at the identity, so that it is of use
+    before any training.
+    """
+
+    def __init__(self, dim: int, *, initial_rate: float | None) -> None:
+        super().__init__(dim, initial_rate=initial_rate)
+        self.query = nn.Linear(dim, dim, bias=False)
+        self.key = nn.Linear(dim, dim, bias=False)
+        nn.init.eye_(self.query.weight)
+        nn.init.eye_(self.key.weight)
+
+    def forward(self, tokens: Tokens, order: Tensor | None, segments: Tensor, most: int) -> Tensor:
+        x = tokens.features.to(self.query.weight.dtype)
+        x = x if order is None else x.index_select(0, order)
+        cosine = nn.functional.cosine_similarity(self.query(x[:-1]), self.key(x[1:]), dim=1, eps=1e-8)
+        logits = torch.logit((1 - cosine) / 2, eps=1e-6)
+        return nn.functional.pad(logits, (1, 0))  # the line's first place always starts a segment
+
+
+class MinimumVarianceRouter(Router):
+    """The exact K contiguous segments of least size-weighted variance of the normalised tokens; nothing to train."""
+
+    decides = True
+
+    @torch.no_grad()
+    def forward(self, tokens: Tokens, order: Tensor | None, segments: Tensor, most: int) -> Tensor:
+        layout, prefix = tokens.layout, tokens.num_prefix
+        x = nn.functional.normalize(tokens.features.to(torch.float64), dim=1)
+        size = tokens.size
+        if order is not None:
+            x, size = x.index_select(0, order), size[order]
+        cells = (layout.batch, layout.longest)
+        features = x[layout.padded].view(*cells, -1)[:, prefix:]
+        weight = size[layout.padded].view(cells).masked_fill(layout.padding, 0.0)[:, prefix:]
+        starts = minimum_variance_starts(features, weight, segments, most)
+        starts = nn.functional.pad(starts, (prefix, 0), value=True)
+        return starts.reshape(-1)[layout.unpadded].to(torch.float32)
+
+
+ROUTERS: dict[str, type[Router]] = {
+    "mlp": MlpRouter,
+    "cosine": CosineRouter,
+    "minimum_variance": MinimumVarianceRouter,
+}

@@ -1,0 +1,258 @@
+"""The Vision Transformer that every task shares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dtpvit.encoder.layers import Block, PatchEmbed, resize_position_embedding
+from dtpvit.encoder.ops.noise import advance_seed, checksum
+from dtpvit.encoder.ops.segments import Segments, pool_segments
+from dtpvit.encoder.reducers.base import Evidence, TokenReducer
+from dtpvit.encoder.tokens import Layout, Tokens
+
+__all__ = ["Encoding", "VisionEncoder"]
+
+ReducerMaker = Callable[[int], TokenReducer]
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """What an encoder makes of a batch of images.
+
+    Attributes:
+        tokens: After the final norm.
+        pooled: Read-out of the final norm, before any projection, shape (B, D).
+        losses: Reducers' losses, weighted, named ``block{i}/{loss}``.
+        layouts: What each block really saw, one :class:`Layout` a block, from which cost is computed.
+        compression: Tokens in for each token out of each reducer, over this batch, by block.
+    """
+
+    tokens: Tokens
+    pooled: Tensor
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    layouts: tuple[Layout, ...] = ()
+    compression: dict[int, float] = field(default_factory=dict)
+
+
+class VisionEncoder(nn.Module):
+    """A pre-norm Vision Transformer whose blocks may be preceded by token reducers.
+
+    Without reducers it equals timm's ``vit_*`` models and, with ``pre_norm``, no ``patch_bias`` and eps 1e-5, the
+    visual trunks of CLIP; parameter names are timm's.
+
+    Args:
+        image_size: Side of the images, or (height, width), in pixels.
+        patch_size: Side of a patch, in pixels.
+        dim: Width D.
+        depth: Number of blocks.
+        num_heads: Attention heads.
+        mlp_ratio: Hidden width of the MLP over D.
+        reducers: For each block that a reducer precedes, the reducer or what makes it from the width. Hierarchical
+            pooling is two entries.
+        readout: ``"class"``: the class token; ``"mean"``: mean over tokens, weighted by the patches each stands for.
+        pre_norm: LayerNorm before the first block, as in CLIP.
+        patch_bias: Bias of the patch projection.
+        eps: Of every LayerNorm.
+        act: ``"gelu"`` or ``"quick_gelu"``.
+        drop_path: Stochastic depth at the last block; it rises linearly from 0.
+        in_channels: Colour channels.
+
+    Raises:
+        ValueError: If image and patch size do not fit, or a reducer is placed outside the blocks.
+    """
+
+    def __init__(
+        self,
+        *,
+        image_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        reducers: Mapping[int, TokenReducer | ReducerMaker] | None = None,
+        readout: Literal["class", "mean"] = "class",
+        pre_norm: bool = False,
+        patch_bias: bool = True,
+        eps: float = 1e-6,
+        act: str = "gelu",
+        drop_path: float = 0.0,
+        in_channels: int = 3,
+    ) -> None:
+        super().__init__()
+        if readout not in ("class", "mean"):
+            raise ValueError(f"readout is {readout!r}; expected class or mean")
+        self.dim, self.depth, self.readout = dim, depth, readout
+        self.image_size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+        self.grid_size = _grid(self.image_size, patch_size)
+        self.patch_embed = PatchEmbed(dim, patch_size=patch_size, in_channels=in_channels, bias=patch_bias)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid_size[0] * self.grid_size[1], dim))
+        self.norm_pre = nn.LayerNorm(dim, eps=eps) if pre_norm else nn.Identity()
+        rates = torch.linspace(0, drop_path, depth).tolist()
+        self.blocks = nn.ModuleList(
+            Block(dim, num_heads=num_heads, mlp_ratio=mlp_ratio, act=act, eps=eps, drop_path=rate) for rate in rates
+        )
+        self.norm = nn.LayerNorm(dim, eps=eps)
+        self._init_weights()
+        self.reducers = nn.ModuleDict()  # after the trunk's own, so that a dense model draws the same weights
+        for block, reducer in sorted((reducers or {}).items()):
+            if not 0 <= block < depth:
+                raise ValueError(f"a reducer is placed before block {block}; the encoder has blocks 0 to {depth - 1}")
+            self.reducers[str(block)] = reducer if isinstance(reducer, TokenReducer) else reducer(dim)
+        self.grad_checkpointing = False
+
+    def _init_weights(self) -> None:
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        nn.init.normal_(self.cls_token, std=1e-6)
+        for module in self.blocks.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+
+    @property
+    def needs_seed(self) -> bool:
+        return any(isinstance(reducer, TokenReducer) and reducer.needs_seed for reducer in self.reducers.values())
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block in the backward pass instead of keeping its activations."""
+        self.grad_checkpointing = enable
+
+    def set_input_size(
+        self, image_size: int | tuple[int, int] | None = None, img_size: int | tuple[int, int] | None = None
+    ) -> None:
+        """Change the image size and resample the position embedding; ``img_size`` is timm's name for the same.
+
+        Raises:
+            ValueError: If the size is not a multiple of the patch.
+        """
+        size = image_size if image_size is not None else img_size
+        if size is None:
+            return
+        self.image_size = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+        grid = _grid(self.image_size, self.patch_embed.patch_size)
+        resized = resize_position_embedding(self.pos_embed.detach(), self.grid_size, grid, num_prefix=1)
+        self.pos_embed = nn.Parameter(resized, requires_grad=self.pos_embed.requires_grad)
+        self.grid_size = grid
+
+    def embed(self, images: Tensor, seeds: Tensor | None = None) -> Tokens:
+        """Patch tokens behind the class token, positions added.
+
+        Args:
+            images: Normalised, shape (B, C, H, W).
+            seeds: See :meth:`forward`.
+
+        Raises:
+            ValueError: If the images have another size.
+        """
+        if tuple(images.shape[-2:]) != self.image_size:
+            found, wanted = "x".join(map(str, images.shape[-2:])), "x".join(map(str, self.image_size))
+            raise ValueError(f"images are {found}, the encoder was made for {wanted}; use set_input_size")
+        if seeds is None and self.needs_seed:
+            seeds = _draw_seeds(len(images), images.device) if self.training else checksum(images)
+        x = self.patch_embed(images)
+        x = torch.cat((self.cls_token.to(x.dtype).expand(len(x), -1, -1), x), dim=1) + self.pos_embed
+        return Tokens.from_dense(self.norm_pre(x), num_prefix=1, grid=self.grid_size, seed=seeds)
+
+    def forward(
+        self, images: Tensor, *, seeds: Tensor | None = None, thresholds: Mapping[int, Tensor] | None = None
+    ) -> Encoding:
+        """Encode a batch.
+
+        Args:
+            images: Normalised, shape (B, C, H, W).
+            seeds: One int64 an image from which its noise in training follows, shape (B,); drawn from torch's
+                generator where absent. In evaluation a checksum of the image stands in.
+            thresholds: Training thresholds by block, where the caller fixes them (see :class:`Evidence`).
+        """
+        tokens = self.embed(images, seeds)
+        losses: dict[str, Tensor] = {}
+        layouts: list[Layout] = []
+        compression: dict[int, float] = {}
+        for index, block in enumerate(self.blocks):
+            reducer = self._reducer(index)
+            if reducer is not None:
+                before = tokens
+                reduction = reducer(tokens, Evidence(threshold=(thresholds or {}).get(index)))
+                tokens = _next_seed(reduction.tokens)
+                losses |= {f"block{index}/{name}": loss for name, loss in reduction.losses.items()}
+                compression[index] = _patch_tokens(before.layout) / max(1, _patch_tokens(tokens.layout))
+            layouts.append(tokens.layout)
+            tokens = self._run(block, tokens)
+        tokens = tokens.with_features(self.norm(tokens.features))
+        return Encoding(tokens, self.read_out(tokens), losses, tuple(layouts), compression)
+
+    @torch.no_grad()
+    def boundary_scores(
+        self, images: Tensor, index: int, *, seeds: Tensor, thresholds: Mapping[int, Tensor]
+    ) -> tuple[Tensor | None, int]:
+        """Boundary logits at the reducer before block ``index``, for a threshold over several micro-batches.
+
+        Args:
+            images: Shape (B, C, H, W).
+            index: Block of the reducer.
+            seeds: Shape (B,).
+            thresholds: Those of the reducers before this one.
+
+        Returns:
+            Clean and noisy logits of the free tokens, shape (2, F), or None for a reducer without a batch threshold;
+            and the number of non-prefix tokens they came from.
+        """
+        tokens = self.embed(images, seeds)
+        for earlier in range(index + 1):
+            reducer = self._reducer(earlier)
+            if reducer is not None:
+                # Any given threshold keeps the reducer from looking for one of its own.
+                threshold = thresholds.get(earlier, torch.zeros((), device=images.device))
+                reduction = reducer(tokens, Evidence(threshold=threshold))
+                if earlier == index:
+                    return reduction.scores, _patch_tokens(tokens.layout)
+                tokens = _next_seed(reduction.tokens)
+            tokens = self._run(self.blocks[earlier], tokens)
+        raise ValueError(f"no reducer precedes block {index}")
+
+    def read_out(self, tokens: Tokens) -> Tensor:
+        """One vector an image from normed tokens, shape (B, D)."""
+        layout = tokens.layout
+        if self.readout == "class":
+            return tokens.prefix_features()[:, 0]
+        weight = tokens.size.masked_fill(layout.prefix, 0.0)
+        total = torch.zeros(layout.batch, device=weight.device).index_add_(0, layout.image, weight)
+        images = Segments(layout.image, layout.first, None, layout.opening, weight, total.clamp(min=1.0))
+        return pool_segments(tokens.features, torch.zeros_like(weight), images)
+
+    def _reducer(self, index: int) -> TokenReducer | None:
+        key = str(index)
+        return self.reducers[key] if key in self.reducers else None  # pyright: ignore[reportReturnType]
+
+    def _run(self, block: nn.Module, tokens: Tokens) -> Tokens:
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, tokens, use_reentrant=False)  # pyright: ignore[reportReturnType]
+        return block(tokens)
+
+
+def _grid(image_size: tuple[int, ...], patch_size: int) -> tuple[int, int]:
+    rows, columns = (side // patch_size for side in image_size)
+    if (rows * patch_size, columns * patch_size) != tuple(image_size) or not rows * columns:
+        raise ValueError(f"image size {image_size[0]}x{image_size[1]} is not a multiple of the patch size {patch_size}")
+    return rows, columns
+
+
+def _draw_seeds(count: int, device: torch.device) -> Tensor:
+    return torch.randint(1 << 62, (count,), dtype=torch.int64).to(device)
+
+
+def _next_seed(tokens: Tokens) -> Tokens:
+    if tokens.seed is None:
+        return tokens
+    return replace(tokens, seed=advance_seed(tokens.seed))
+
+
+def _patch_tokens(layout: Layout) -> int:
+    return layout.total - layout.batch * layout.num_prefix
