@@ -58,3 +58,15 @@ class TokenReducer(nn.Module, ABC):
     @abstractmethod
     def forward(self, tokens: Tokens, evidence: Evidence) -> Reduction:
         """Reduce ``tokens``; must leave an image's result independent of its batch in evaluation mode."""
+
+    def macs(self, tokens: Tensor, dim: int) -> Tensor:
+        """Multiply-accumulates of the decision, beside the averages themselves.
+
+        Args:
+            tokens: Tokens of each image that come in, float64, shape (B,).
+            dim: Width D.
+
+        Returns:
+            Shape (B,), float64.
+        """
+        return tokens.new_zeros(tokens.shape)

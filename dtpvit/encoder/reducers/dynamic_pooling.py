@@ -95,6 +95,9 @@ class DynamicPooling(BoundaryPooling):
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, rate={self.rate!r}, budget={'fixed' if self.fixed else 'dynamic'}"
 
+    def macs(self, tokens: Tensor, dim: int) -> Tensor:
+        return self.boundary_predictor.macs(tokens, dim, self.compression)
+
     def forward(self, tokens: Tokens, evidence: Evidence) -> Reduction:
         order = self.line(tokens)
         layout = tokens.layout

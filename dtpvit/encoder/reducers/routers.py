@@ -28,6 +28,10 @@ class Router(FullPrecision):
         """Logits of shape (T,), in line order; ``segments`` wanted of each image, shape (B,), ``most`` of any."""
         raise NotImplementedError
 
+    def macs(self, tokens: Tensor, dim: int, compression: float) -> Tensor:
+        """Multiply-accumulates for each image of ``tokens`` tokens, float64, shape (B,)."""
+        raise NotImplementedError
+
 
 class MlpRouter(Router):
     """LayerNorm, Linear, GELU, Linear on each token: the boundary predictor of dynamic token pooling.
@@ -54,6 +58,9 @@ class MlpRouter(Router):
         logits = self.fc2(nn.functional.gelu(self.fc1(x))).squeeze(-1)
         return logits if order is None else logits[order]
 
+    def macs(self, tokens: Tensor, dim: int, compression: float) -> Tensor:
+        return tokens * (dim * dim + dim)
+
 
 class CosineRouter(Router):
     """Dissimilarity of neighbours on the line, p = (1 - cos(W_q x_{t-1}, W_k x_t)) / 2, as a logit.
@@ -76,6 +83,9 @@ class CosineRouter(Router):
         logits = torch.logit((1 - cosine) / 2, eps=1e-6)
         return nn.functional.pad(logits, (1, 0))  # the line's first place always starts a segment
 
+    def macs(self, tokens: Tensor, dim: int, compression: float) -> Tensor:
+        return tokens * (2 * dim * dim + 3 * dim)
+
 
 class MinimumVarianceRouter(Router):
     """The exact K contiguous segments of least size-weighted variance of the normalised tokens; nothing to train."""
@@ -95,6 +105,10 @@ class MinimumVarianceRouter(Router):
         starts = minimum_variance_starts(features, weight, segments, most)
         starts = nn.functional.pad(starts, (prefix, 0), value=True)
         return starts.reshape(-1)[layout.unpadded].to(torch.float32)
+
+    def macs(self, tokens: Tensor, dim: int, compression: float) -> Tensor:
+        # The Gram matrix, and one addition for each segment, start and end of the recursion.
+        return tokens**2 * dim + tokens**3 / compression
 
 
 ROUTERS: dict[str, type[Router]] = {

@@ -1,0 +1,61 @@
+"""Reading weight files safely: tensors and plain values, never pickled code."""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dtpvit.errors import UserError
+
+__all__ = ["read_checkpoint", "state_of"]
+
+_PREFIXES = ("module.", "_orig_mod.", "model.")
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """The content of a ``.safetensors`` file or of a torch file, on the CPU, loaded without running code.
+
+    Raises:
+        UserError: If the file is absent, truncated, or holds more than tensors and plain values.
+    """
+    path = Path(path)
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise UserError(f"checkpoint {path} {what}; expected a .ckpt, .pt, .pth, .bin or .safetensors file")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, zipfile.BadZipFile, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"checkpoint {path} cannot be read as weights ({reason}); is it whole?") from error
+    except Exception as error:  # safetensors raises its own type, which its stubs do not export
+        raise UserError(f"checkpoint {path} cannot be read as weights ({error}); is it whole?") from error
+    if not isinstance(content, dict):
+        raise UserError(f"checkpoint {path} holds a {type(content).__name__}; expected a mapping of names to tensors")
+    return content
+
+
+def state_of(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a checkpoint by parameter name, wrappers' prefixes removed.
+
+    Raises:
+        UserError: If there are none.
+    """
+    for key in ("state_dict", "model", "model_state_dict"):
+        if isinstance(checkpoint.get(key), dict):
+            checkpoint = checkpoint[key]
+    state = {name: value for name, value in checkpoint.items() if isinstance(value, Tensor)}
+    if not state:
+        raise UserError(f"the checkpoint holds no tensors; its entries are {sorted(checkpoint)[:8]}")
+    for prefix in _PREFIXES:
+        if all(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): value for name, value in state.items()}
+    return state
