@@ -18,6 +18,7 @@ import math
 import re
 from collections.abc import Mapping
 from typing import Any
+from urllib.parse import quote, unquote
 
 from dtpvit.encoder.presets import preset
 from dtpvit.errors import UserError
@@ -40,13 +41,16 @@ NAMES: tuple[str, ...] = tuple(
 
 
 def trunk_config(trunk: str) -> dict[str, Any]:
-    """Vision config behind a timm model name of ours, ``dtp_vit_base_patch32_clip_224_10x`` or ``dtp_vit.{json}``.
+    """Vision config behind a timm model name of ours, ``dtp_vit_base_patch32_clip_224_10x`` or ``dtp_vit.{quoted json}``.
 
     Raises:
         UserError: If the name is not one of ours.
     """
     if trunk.startswith("dtp_vit."):
-        return json.loads(trunk.removeprefix("dtp_vit."))
+        try:
+            return json.loads(unquote(trunk.removeprefix("dtp_vit.")))
+        except ValueError as error:
+            raise UserError(f"the trunk {trunk!r} does not hold a vision config ({error})") from error
     match = _TRUNK.match(trunk)
     if not match:
         raise UserError(f"no trunk is called {trunk!r}; expected a name like dtp_vit_base_patch32_clip_224_10x")
@@ -66,7 +70,8 @@ def trunk_name(vision: Mapping[str, Any]) -> str:
             short = f"dtp_{name}_{rate}x{late}"
             if _TRUNK.match(short) and json.loads(json.dumps(trunk_config(short))) == plain:
                 return short
-    return "dtp_vit." + json.dumps(plain, separators=(",", ":"), sort_keys=True)
+    # Quoted, since timm takes a name with a colon or a slash for an address.
+    return "dtp_vit." + quote(json.dumps(plain, separators=(",", ":"), sort_keys=True), safe='{}[]",')
 
 
 def _published(name: str) -> dict[str, Any]:

@@ -1,0 +1,255 @@
+"""CLIP-style contrastive pretraining of an image and a text tower on pairs."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import lightning
+import torch
+from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD, ClipLoss
+from open_clip.loss import SigLipLoss
+from timm.optim import create_optimizer_v2
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from dtpvit.encoder import Encoding
+from dtpvit.errors import UserError
+from dtpvit.interop.create import build_clip
+from dtpvit.interop.dense_weights import load_dense
+from dtpvit.interop.loading import Tokenize
+from dtpvit.interop.model_config import model_config
+from dtpvit.tasks.accumulation import Batch, CachedStep, Features, average_gradients, joint_thresholds
+from dtpvit.tasks.contrastive_validation import ContrastiveValidation
+from dtpvit.tasks.optimization import NonFiniteGuard, decay_groups, warmup_cosine
+
+__all__ = ["Contrastive"]
+
+logger = logging.getLogger(__name__)
+
+
+class Contrastive(lightning.LightningModule):
+    """Trains a dual encoder on image-text pairs; validates by zero-shot classification and retrieval.
+
+    The loss is open_clip's: softmax over the batch (Radford et al. 2021), or, for models with a logit bias, sigmoid over
+    pairs (Zhai et al., "Sigmoid Loss for Language Image Pre-Training", 2023).
+
+    Args:
+        model: A name such as ``DTP-ViT-B-32-10x``, or a config (:mod:`dtpvit.interop.model_config`).
+        init: Dense weights to start from: a file, a timm model name, or open_clip's ``MODEL:TAG``.
+        learning_rate: At the end of the warm-up.
+        weight_decay: Of matrices.
+        betas: Of Adam.
+        eps: Of Adam.
+        warmup_steps: Steps of linear warm-up; the cosine to 0 ends with the run.
+        optimizer: A name of timm's optimizers.
+        accum_freq: Pieces a batch is worked through in, for batches larger than memory; negatives and gradients
+            stay those of the whole batch.
+        local_loss: Under several processes, each computes only its own rows of the logits; needs gather_with_grad.
+        gather_with_grad: Let gradients flow through the gathered features of other processes.
+        grad_checkpointing: Recompute blocks in the backward pass.
+        max_nonfinite: Steps with a NaN or infinite loss, in a row, after which the run stops.
+
+    Raises:
+        UserError: If the model does not build or an argument does not fit.
+    """
+
+    def __init__(
+        self,
+        model: str | dict[str, Any],
+        init: str | None = None,
+        learning_rate: float = 5e-4,
+        weight_decay: float = 0.2,
+        betas: tuple[float, float] = (0.9, 0.98),
+        eps: float = 1e-6,
+        warmup_steps: int = 2000,
+        optimizer: str = "adamw",
+        accum_freq: int = 1,
+        local_loss: bool = True,
+        gather_with_grad: bool = True,
+        grad_checkpointing: bool = False,
+        max_nonfinite: int = 20,
+    ) -> None:
+        super().__init__()
+        if local_loss and not gather_with_grad:
+            raise UserError("local_loss without gather_with_grad gives wrong gradients; set both or neither")
+        if accum_freq < 1:
+            raise UserError(f"accum_freq is {accum_freq}; expected at least 1")
+        self.save_hyperparameters()
+        self.config = model_config(model)
+        self.model = build_clip(self.config)
+        self.model.set_grad_checkpointing(grad_checkpointing)
+        self.tokenize = Tokenize(self.model.context_length)
+        self.register_buffer("pixel_mean", _per_channel(OPENAI_DATASET_MEAN), persistent=False)
+        self.register_buffer("pixel_std", _per_channel(OPENAI_DATASET_STD), persistent=False)
+        self.validation = ContrastiveValidation()
+        self.guard = NonFiniteGuard(max_nonfinite)
+        self._cached: CachedStep | None = None
+        self._last_loss = torch.zeros(())
+        # A checkpoint has open_clip's own names, so that open_clip loads it unchanged.
+        self.register_state_dict_post_hook(_strip_model)
+        self.register_load_state_dict_pre_hook(_add_model)
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width in pixels that the model was made for."""
+        height, width = self.model.visual.trunk.image_size
+        return height, width
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """uint8 images, shape (B, 3, H, W), to what the model takes."""
+        return (images.to(self.pixel_mean.dtype) - self.pixel_mean) / self.pixel_std
+
+    def setup(self, stage: str) -> None:
+        if stage != "fit":
+            return
+        if self.hparams["init"] is not None and self.trainer.ckpt_path is None:
+            logger.info("%s", load_dense(self.model, self.hparams["init"]))
+        world, rank = self.trainer.world_size, self.trainer.global_rank
+        if self.model.logit_bias is not None:
+            self.loss: nn.Module = SigLipLoss(rank=rank, world_size=world)
+            return
+        self.loss = ClipLoss(
+            local_loss=self.hparams["local_loss"],
+            gather_with_grad=self.hparams["gather_with_grad"],
+            cache_labels=True,
+            rank=rank,
+            world_size=world,
+        )
+
+    def on_fit_start(self) -> None:
+        if self.hparams["accum_freq"] > 1 and self._distributed:
+            # The second pass runs outside DDP's forward, so its gradients are averaged here, once.
+            self.trainer.strategy.model.require_backward_grad_sync = False  # pyright: ignore
+
+    @property
+    def _distributed(self) -> bool:
+        return self._trainer is not None and self.trainer.world_size > 1
+
+    def forward(self, images: Tensor, text: Tensor) -> tuple[Tensor, ...]:
+        """The dual encoder on normalised images and token ids, see :meth:`DualEncoder.forward`."""
+        return self.model(images, text)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        pieces = self.hparams["accum_freq"]
+        if pieces == 1:
+            features = self._features(batch, {})
+        else:
+            features = self._cached_features(batch, pieces)
+        loss = self._contrastive_loss(features.image, features.text)
+        self.log("train/contrastive_loss", loss.detach())
+        loss = loss + features.penalty
+        self.log("train/loss", loss.detach(), prog_bar=True)
+        self.log("train/logit_scale", self.model.logit_scale.detach().exp())
+        return loss
+
+    def _contrastive_loss(self, image: Tensor, text: Tensor) -> Tensor:
+        with torch.autocast(self.device.type, enabled=False):
+            inputs = [image.float(), text.float(), self.model.logit_scale.exp()]
+            if self.model.logit_bias is not None:
+                inputs.append(self.model.logit_bias)
+            return self.loss(*inputs)
+
+    def _features(self, batch: Batch, thresholds: Mapping[int, Tensor]) -> Features:
+        images = self.normalise(batch["image"])
+        image, encoding = self.model.visual.encode(images, seeds=batch.get("seed"), thresholds=thresholds)
+        text = self.model.encode_text(batch["text"], normalize=True)
+        self._log_encoding(encoding)
+        penalty = torch.stack([*encoding.losses.values(), image.new_zeros(())]).sum()
+        return Features(normalize(image, dim=-1), text, penalty)
+
+    def _cached_features(self, batch: Batch, pieces: int) -> Features:
+        """Features of the whole batch, detached from the parameters; :meth:`backward` connects them again."""
+        batch = dict(batch)
+        if "seed" not in batch:
+            batch["seed"] = torch.randint(1 << 62, (len(batch["image"]),)).to(self.device)
+        size = math.ceil(len(batch["image"]) / pieces)
+        split = {name: value.split(size) for name, value in batch.items()}
+        micro = [dict(zip(split, values, strict=True)) for values in zip(*split.values(), strict=True)]
+        images = [self.normalise(piece["image"]) for piece in micro]
+        thresholds = joint_thresholds(self.model.visual.trunk, images, [piece["seed"] for piece in micro])
+        self._cached = CachedStep(micro, self._features, thresholds)
+        return Features(self._cached.image, self._cached.text, self._cached.penalty.mean())
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        self._last_loss = loss.detach()
+        super().backward(loss, *args, **kwargs)
+        if self._cached is not None:
+            self._cached.backward(self.trainer.precision_plugin.forward_context if self._trainer else nullcontext)
+            self._cached = None
+            if self._distributed:
+                average_gradients(self)
+
+    def on_after_backward(self) -> None:
+        if self.trainer.precision != "16-mixed":  # there the gradient scaler skips such steps itself
+            self.guard.after_backward(self._last_loss, self.parameters())
+            if self.guard.skipped:
+                self.log("train/skipped_steps", float(self.guard.skipped))
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        with torch.no_grad():
+            self.model.logit_scale.clamp_(0.0, math.log(100))
+
+    def _log_encoding(self, encoding: Encoding) -> None:
+        second_pass = self._cached is not None
+        if not self.training or self._trainer is None or second_pass:
+            return
+        size = encoding.layouts[0].batch
+        self.log("train/tokens", encoding.tokens.layout.total / size, prog_bar=True, batch_size=size)
+        for block, compression in encoding.compression.items():
+            self.log(f"train/boundary_rate/block{block}", 1 / compression, batch_size=size)
+        for name, loss in encoding.losses.items():
+            self.log(f"train/{name}", loss.detach(), batch_size=size)
+
+    def on_validation_epoch_start(self) -> None:
+        self.validation.start(self)
+
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.validation.step(self, batch)
+
+    def on_validation_epoch_end(self) -> None:
+        for name, value in self.validation.results().items():
+            self.log(f"val/{name}", value, prog_bar=name in ("zeroshot_acc1", "text_retrieval_recall@1"))
+
+    on_test_epoch_start = on_validation_epoch_start
+    on_test_epoch_end = on_validation_epoch_end
+    test_step = validation_step
+
+    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
+        """Normalised image features, shape (B, embed_dim), tokens of each image and, for pairs, text features."""
+        image, encoding = self.model.visual.encode(self.normalise(batch["image"]))
+        found = {"image_features": normalize(image, dim=-1), "tokens": encoding.tokens.lengths}
+        if "text" in batch:
+            found["text_features"] = self.model.encode_text(batch["text"], normalize=True)
+        return found
+
+    def configure_optimizers(self) -> Any:
+        options = self.hparams
+        groups = decay_groups(self.named_parameters(), options["weight_decay"])
+        optimizer = create_optimizer_v2(
+            groups, opt=options["optimizer"], lr=options["learning_rate"], betas=tuple(options["betas"]), eps=options["eps"]
+        )
+        total = int(self.trainer.estimated_stepping_batches)
+        warmup = min(options["warmup_steps"], total)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_cosine(warmup, total))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def _per_channel(values: tuple[float, ...]) -> Tensor:
+    return 255 * torch.tensor(values).view(1, 3, 1, 1)
+
+
+def _strip_model(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    for name in [name for name in state if name.startswith(f"{prefix}model.")]:
+        state[prefix + name.removeprefix(f"{prefix}model.")] = state.pop(name)
+
+
+def _add_model(module: nn.Module, state: dict[str, Any], prefix: str, *unused: Any) -> None:
+    mine = {name for name, _ in module.named_parameters()} | {name for name, _ in module.named_buffers()}
+    for name in [name for name in state if name.startswith(prefix)]:
+        inner = name.removeprefix(prefix)
+        if inner not in mine and f"model.{inner}" in mine:
+            state[f"{prefix}model.{inner}"] = state.pop(name)
