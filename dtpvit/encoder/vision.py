@@ -135,11 +135,11 @@ class VisionEncoder(nn.Module):
         size = image_size if image_size is not None else img_size
         if size is None:
             return
-        self.image_size = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
-        grid = _grid(self.image_size, self.patch_embed.patch_size)
+        pixels = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+        grid = _grid(pixels, self.patch_embed.patch_size)
         resized = resize_position_embedding(self.pos_embed.detach(), self.grid_size, grid, num_prefix=1)
         self.pos_embed = nn.Parameter(resized, requires_grad=self.pos_embed.requires_grad)
-        self.grid_size = grid
+        self.image_size, self.grid_size = pixels, grid
 
     def embed(self, images: Tensor, seeds: Tensor | None = None) -> Tokens:
         """Patch tokens behind the class token, positions added.

@@ -79,8 +79,10 @@ def ratio_loss(hard_rate: Tensor, mean_probability: Tensor, rate: float) -> Tens
         mean_probability: G, mean boundary probability. Scalar.
         rate: Target share.
     """
-    n = 1 / rate
     f, g = hard_rate.detach(), mean_probability
+    if rate >= 1:  # the formula's limit: whatever is not kept costs
+        return 1 - g
+    n = 1 / rate
     return n / (n - 1) * ((n - 1) * f * g + (1 - f) * (1 - g))
 
 

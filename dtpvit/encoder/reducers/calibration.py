@@ -50,6 +50,7 @@ class BoundaryCalibration(FullPrecision):
         seen = self.boundary_window.flatten().sort().values  # NaN, not yet filled, sorts last
         known = (~self.boundary_share.isnan()).sum()
         cut = ((1 - self.boundary_share.nanmean()) * known * resolution).round().long()
-        below = seen[(cut - 1).clamp(min=0)]
-        above = seen[cut.clamp(max=known * resolution - 1)]
-        self.boundary_threshold.copy_((below + above) / 2)
+        last = known * resolution - 1
+        threshold = (seen[(cut - 1).clamp(min=0)] + seen[torch.minimum(cut, last)]) / 2
+        threshold = torch.where(cut == 0, -torch.inf, torch.where(cut > last, torch.inf, threshold))
+        self.boundary_threshold.copy_(threshold)

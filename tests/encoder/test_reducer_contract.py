@@ -1,0 +1,213 @@
+"""The contract of DESIGN: one test over all reducers. A new reducer is one new line in REDUCERS."""
+
+import copy
+
+import pytest
+import torch
+
+from dtpvit.encoder import Layout, Tokens, VisionEncoder
+from dtpvit.encoder.reducers import DynamicPooling, Evidence, FixedStride, GridPooling, RandomBoundaries
+
+D, GRID, PREFIX = 24, (6, 5), 1
+
+
+def dynamic(**options):
+    return lambda compression: DynamicPooling(D, compression=compression, **options)
+
+
+REDUCERS = [
+    pytest.param(dynamic(), id="dynamic"),
+    pytest.param(dynamic(estimator="dtp", order="raster"), id="dynamic-dtp"),
+    pytest.param(dynamic(router="cosine", order="serpentine"), id="dynamic-cosine"),
+    pytest.param(dynamic(router="minimum_variance"), id="minimum-variance"),
+    pytest.param(dynamic(budget="fixed"), id="dynamic-fixed"),
+    pytest.param(dynamic(rate="binomial"), id="dynamic-binomial"),
+    pytest.param(dynamic(rate="ratio"), id="dynamic-ratio"),
+    pytest.param(dynamic(rate="band"), id="dynamic-band"),
+    pytest.param(dynamic(proportional=False), id="dynamic-unproportional"),
+    pytest.param(dynamic(null_token=True), id="dynamic-null"),
+    pytest.param(lambda c: FixedStride(D, compression=c, order="hilbert"), id="stride"),
+    pytest.param(lambda c: RandomBoundaries(D, compression=c), id="random"),
+    pytest.param(lambda c: RandomBoundaries(D, compression=c, budget="fixed"), id="random-fixed"),
+    pytest.param(lambda c: GridPooling(D, window=1 if c == 1 else 2), id="grid"),
+]
+
+
+@pytest.fixture(params=REDUCERS)
+def make(request):
+    return request.param
+
+
+def dense_tokens(batch=5, dtype=torch.float32):
+    features = torch.randn(batch, PREFIX + GRID[0] * GRID[1], D, dtype=dtype)
+    return Tokens.from_dense(features, num_prefix=PREFIX, grid=GRID, seed=torch.randint(1 << 62, (batch,)))
+
+
+def ragged_tokens(batch=5):
+    """Tokens after an earlier reduction: unequal lengths, sizes above one."""
+    return RandomBoundaries(D, compression=2).eval()(dense_tokens(batch), Evidence()).tokens
+
+
+def calibrated(make, tokens):
+    """A reducer after a few training steps, so that evaluation uses its stored threshold."""
+    reducer = make(4).train()
+    for _ in range(3):
+        reducer(tokens, Evidence())
+    return reducer.eval()
+
+
+def inputs(reducer):
+    return [dense_tokens()] if isinstance(reducer, GridPooling) else [dense_tokens(), ragged_tokens()]
+
+
+@pytest.fixture(params=["fresh", "calibrated"])
+def reducer(request, make):
+    return make(4).eval() if request.param == "fresh" else calibrated(make, dense_tokens(64))
+
+
+def test_an_image_is_independent_of_its_batch(reducer):
+    for tokens in inputs(reducer):
+        together = reducer(tokens, Evidence()).tokens
+        for whole, image in zip(together.split(), tokens.split(), strict=True):
+            alone = reducer(image, Evidence()).tokens
+            assert torch.equal(alone.lengths, whole.lengths)
+            assert torch.equal(alone.source, whole.source) and torch.equal(alone.size, whole.size)
+            torch.testing.assert_close(alone.features, whole.features, rtol=1e-5, atol=1e-5)
+
+
+def test_two_passes_agree(reducer):
+    for tokens in inputs(reducer):
+        first, second = (reducer(tokens, Evidence()).tokens for _ in range(2))
+        assert torch.equal(first.features, second.features) and torch.equal(first.source, second.source)
+
+
+def test_patches_are_conserved_and_followed(reducer):
+    for tokens in inputs(reducer):
+        out = reducer(tokens, Evidence()).tokens
+        assert out.layout.total < tokens.layout.total
+        assert out.layout.total == out.lengths.sum() == len(out.features) and out.layout.longest == out.lengths.max()
+        for image in out.split():
+            prefix = image.num_prefix
+            assert (image.size[:prefix] == 1).all()
+            if not reducer.drops:
+                assert image.size[prefix:].sum() == GRID[0] * GRID[1]
+                counted = torch.bincount(image.source, minlength=len(image.size) - prefix)
+                assert torch.equal(counted.float(), image.size[prefix:])
+
+
+def test_features_are_the_means_that_source_describes(reducer):
+    tokens = dense_tokens()
+    out = reducer(tokens, Evidence()).tokens
+    for before, after in zip(tokens.split(), out.split(), strict=True):
+        patches = before.features[PREFIX:]
+        for index in range(len(after.size) - after.num_prefix):
+            mean = patches[after.source == index].mean(0)
+            torch.testing.assert_close(after.features[after.num_prefix + index], mean)
+    assert torch.equal(out.prefix_features()[:, :PREFIX], tokens.prefix_features())
+
+
+def test_the_task_s_gradient_reaches_every_parameter(make):
+    for mode in (True, False):
+        reducer = make(4).train(mode)
+        tokens = dense_tokens(32)
+        features = tokens.features.requires_grad_()
+        out = reducer(tokens, Evidence()).tokens
+        (out.features * torch.randn_like(out.features)).sum().backward()
+        assert features.grad.isfinite().all() and features.grad.any()
+        for name, parameter in reducer.named_parameters():
+            assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.any(), name
+
+
+def test_keep_everything_equals_dense(make):
+    reducer = make(1)
+    for mode in (False, True, False):  # never calibrated, in training, calibrated
+        tokens = dense_tokens()
+        out = reducer.train(mode)(tokens, Evidence()).tokens
+        kept = out.unpool().view(len(tokens.lengths), -1, D)
+        dense = tokens.features.view(len(tokens.lengths), -1, D)[:, PREFIX:]
+        torch.testing.assert_close(kept, dense)
+
+
+def test_the_nominal_rate_is_kept_at_initialisation(make):
+    reducer = make(4)
+    tokens = dense_tokens(256)
+    for mode in (True, False):
+        out = reducer.train(mode)(tokens, Evidence()).tokens
+        rate = float((out.lengths - out.num_prefix).sum() / (256 * GRID[0] * GRID[1]))
+        # A rate loss only pulls in training; at initialisation its bias alone is right on average.
+        steered = getattr(reducer, "rate", "quantile") != "quantile" and mode
+        nominal = 9 / 30 if isinstance(reducer, GridPooling) else 0.25
+        assert abs(rate - nominal) < (0.06 if steered else 0.02), (mode, rate)
+
+
+def test_save_and_load_keep_the_decisions(make):
+    tokens = dense_tokens(32)
+    one = calibrated(make, tokens)
+    other = make(4).eval()
+    other.load_state_dict(copy.deepcopy(one.state_dict()))
+    assert torch.equal(one(tokens, Evidence()).tokens.source, other(tokens, Evidence()).tokens.source)
+
+
+def test_bfloat16_decides_like_float32(make):
+    reducer = calibrated(make, dense_tokens(64))
+    tokens = dense_tokens(32)
+    expected = reducer(tokens, Evidence()).tokens
+    rounded = tokens.with_features(tokens.features.bfloat16())
+    found = copy.deepcopy(reducer).to(torch.bfloat16)(rounded, Evidence()).tokens
+    assert found.features.dtype == torch.bfloat16 and found.size.dtype == torch.float32
+    same = (found.source == expected.source).double().mean()
+    boundaries = [len(t.features) for t in (found, expected)]
+    assert abs(boundaries[0] - boundaries[1]) / boundaries[1] < 0.05
+    if not isinstance(reducer, DynamicPooling):
+        assert same == 1
+    for name, buffer in copy.deepcopy(reducer).to(torch.bfloat16).state_dict().items():
+        assert "null" in name or buffer.dtype == torch.float32, name
+    if isinstance(reducer, DynamicPooling):  # the very same features decide the very same way, whatever their type
+        again = reducer(rounded.with_features(rounded.features.float()), Evidence()).tokens
+        assert torch.equal(again.source, found.source)
+
+
+def test_names_of_predictors_say_boundary(make):
+    assert all("boundary" in name for name in make(4).state_dict())
+
+
+def test_hierarchy_and_order_of_the_line():
+    """A second reducer cuts the line that the first one left, whatever its own order."""
+    reducers = {1: DynamicPooling(24, compression=2), 2: DynamicPooling(24, compression=2, order="serpentine")}
+    encoder = VisionEncoder(image_size=48, patch_size=8, dim=24, depth=3, num_heads=2, reducers=reducers).eval()
+    encoding = encoder(torch.randn(3, 3, 48, 48))
+    assert encoding.tokens.lengths.tolist() == [10, 10, 10]  # 36 -> 18 -> 9, and the class token
+    assert [layout.longest for layout in encoding.layouts] == [37, 19, 10]
+    assert encoding.compression == {1: 2.0, 2: 2.0}
+
+
+def test_grid_pooling_twice_and_off_the_grid():
+    tokens = dense_tokens()
+    once = GridPooling(D)(tokens, Evidence()).tokens
+    assert once.grid == (3, 3)
+    assert GridPooling(D)(once, Evidence()).tokens.grid == (2, 2)
+    with pytest.raises(ValueError, match="form a grid"):
+        GridPooling(D)(ragged_tokens(), Evidence())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"compression": 0.5}, "at least 1"),
+        ({"compression": 2, "order": "zigzag"}, "expected one of raster"),
+        ({"compression": 2, "router": "oracle"}, "expected one of mlp"),
+        ({"compression": 2, "rate": "hope"}, "expected quantile"),
+        ({"compression": 2, "budget": "free"}, "dynamic or fixed"),
+        ({"compression": 2, "estimator": "x"}, "dtp, symmetric"),
+    ],
+)
+def test_arguments_out_of_range_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        DynamicPooling(D, **options)
+
+
+def test_training_without_a_seed_is_refused():
+    tokens = Tokens.from_dense(torch.randn(2, 7, D), num_prefix=1, grid=(2, 3))
+    with pytest.raises(ValueError, match=r"tokens\.seed"):
+        DynamicPooling(D, compression=2).train()(tokens, Evidence())
+    assert isinstance(tokens.layout, Layout)
