@@ -34,10 +34,11 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             return load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, zipfile.BadZipFile, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"checkpoint {path} cannot be read as weights ({reason}); is it whole?") from error
+        # torch's own message advises to switch the safety off.
+        what = "holds more than tensors and plain values" if "weights_only" in str(error) else "is damaged or no checkpoint"
+        raise UserError(f"checkpoint {path} {what}; expected a whole file of weights") from error
     except Exception as error:  # safetensors raises its own type, which its stubs do not export
-        raise UserError(f"checkpoint {path} cannot be read as weights ({error}); is it whole?") from error
+        raise UserError(f"checkpoint {path} is damaged ({error}); expected a whole file of weights") from error
     if not isinstance(content, dict):
         raise UserError(f"checkpoint {path} holds a {type(content).__name__}; expected a mapping of names to tensors")
     return content

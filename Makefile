@@ -1,0 +1,48 @@
+# make install | demo | test | test-all. All run from a fresh clone; what is installed goes into .venv.
+
+# PYTHON: any Python from 3.11 on; PIP_ARGS: for instance --index-url=...; JOBS: test processes.
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+PIP_ARGS ?=
+JOBS ?= 2
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+SHAPES := data/shapes/generated
+QUICKSTART := runs/quickstart/checkpoints/last.ckpt
+# One thread a test process: the tests' tensors are small.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
+
+.PHONY: install demo lint test test-all clean
+
+install: $(STAMP)
+
+# The stamp makes a second `make` instant and independent of the network, until the dependencies change.
+$(STAMP): setup.cfg pyproject.toml
+	@test -n "$(PYTHON)" || { echo "make: no Python >= 3.11 found; install one or give make PYTHON=/path/to/python" >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "make: $(PYTHON) is older than 3.11; give make PYTHON=/path/to/python" >&2; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install $(PIP_ARGS) -e '.[test]'
+	@touch $@
+
+demo: install
+	$(BIN)/dtpvit fit --config configs/quickstart.yaml
+	$(BIN)/dtpvit zeroshot --data $(SHAPES)/seen --templates $(SHAPES)/seen/templates.txt --checkpoint $(QUICKSTART)
+	$(BIN)/dtpvit zeroshot --data $(SHAPES)/heldout --templates $(SHAPES)/heldout/templates.txt --checkpoint $(QUICKSTART)
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports
+
+test: lint
+	$(PYTEST)
+
+test-all: lint
+	$(PYTEST) -m ""
+
+clean:
+	rm -rf build dist .pytest_cache .ruff_cache .import_linter_cache .hypothesis *.egg-info

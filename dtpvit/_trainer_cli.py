@@ -1,0 +1,174 @@
+"""What ``dtpvit fit|validate|test|predict`` is: LightningCLI with this project's defaults."""
+
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.fabric.utilities.warnings import PossibleUserWarning
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import (
+    Callback,
+    LearningRateMonitor,
+    ProgressBar,
+    RichProgressBar,
+)
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+
+from dtpvit import __version__
+from dtpvit._run_folder import LineProgress, RunCheckpoint, RunLogger, SaveRun, StepSeed
+from dtpvit.errors import UserError
+
+__all__ = ["TrainerCLI"]
+
+
+class TrainerCLI(LightningCLI):
+    """Parses, builds and runs one of the Trainer's methods; all the work happens in the constructor.
+
+    A run lives in ``runs/<name>``: ``config.yaml``, ``metrics.csv``, ``checkpoints/last.ckpt``. The name is
+    ``--name``, or that of the last config file; ``--trainer.default_root_dir`` puts it elsewhere.
+
+    Args:
+        command: ``fit``, ``validate``, ``test`` or ``predict``.
+        args: The arguments after the command.
+    """
+
+    def __init__(self, command: str, args: list[str]) -> None:
+        self._command = command
+        self._say_less()
+        super().__init__(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_callback=SaveRun if command == "fit" else None,
+            save_config_kwargs={"overwrite": True},
+            trainer_defaults={"enable_model_summary": False},
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            parser_kwargs={"exit_on_error": False, "prog": "dtpvit", command: {"exit_on_error": False}},
+            args=[command, *args],
+        )
+
+    @staticmethod
+    def _say_less() -> None:
+        """Leave Lightning's tips and hardware tables out: one line of ours says where and how."""
+        if os.environ.get("DTPVIT_DEBUG", "0") in ("", "0"):
+            for library in ("lightning.pytorch", "lightning.fabric"):
+                logging.getLogger(library).setLevel(logging.WARNING)
+            warnings.filterwarnings("ignore", category=PossibleUserWarning)
+            warnings.filterwarnings("ignore", message="The dirpath has changed from")
+            warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+            warnings.filterwarnings("ignore", message="`isinstance.treespec, LeafSpec.` is deprecated")
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """Only the command asked for: building the parsers of all four takes four times as long."""
+        return {self._command: LightningCLI.subcommands()[self._command]}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the run's name and the checkpoint callback, whose settings are thus open to a YAML."""
+        parser.add_argument("--name", type=str | None, default=None, help="The run's folder: runs/NAME.")
+        parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
+        parser.set_defaults(
+            {
+                "checkpoint.save_last": True,
+                "checkpoint.filename": "epoch{epoch:03d}-step{step}",
+                "checkpoint.auto_insert_metric_name": False,
+                "checkpoint.enable_version_counter": False,
+            }
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse without the warning that sys.argv exists too: that is where ``args`` come from."""
+        assert isinstance(args, list)
+        self.config = parser.parse_args(args)
+
+    def _parse_ckpt_path(self) -> None:
+        """Do nothing: the command line and the YAML decide, not the checkpoint's hyper-parameters."""
+
+    def before_instantiate_classes(self) -> None:
+        """Settle the run's name, folder and precision, and refuse a checkpoint that is not there."""
+        config = self.config[self._command]
+        files = [Path(str(path)) for path in config.get("config") or []]
+        config.name = config.name or (files[-1].stem if files else "run")
+        self.folder = Path(config.trainer.default_root_dir or Path("runs") / config.name)
+        config.checkpoint.dirpath = config.checkpoint.dirpath or str(self.folder / "checkpoints")
+        config.trainer.precision = config.trainer.precision or default_precision(config.trainer.accelerator)
+        if config.get("weights_only") is None and "weights_only" in config:
+            config.weights_only = True
+        self._resuming = self._check_checkpoint(config.get("ckpt_path"), Path(config.checkpoint.dirpath))
+        self._check_init(config)
+        if rank_zero_only.rank == 0:
+            writes = self._command == "fit" and not config.trainer.fast_dev_run
+            where = f"-> {self.folder}" if writes else f"of {config.name}"
+            print(
+                f"dtpvit {__version__}: {self._command} {where} ({config.trainer.precision})", file=sys.stderr
+            )
+
+    def _check_checkpoint(self, path: str | None, folder: Path) -> bool:
+        """Whether this run continues what its folder holds; raises UserError if ``path`` leads nowhere."""
+        if path is None or path in ("best", "hpc") or "://" in path or path.startswith("registry"):
+            return path is not None
+        if path == "last":
+            if self._command != "fit" and not any(folder.glob("last*.ckpt")):
+                raise UserError(
+                    f"--ckpt_path last found no last.ckpt in {folder}; train this run first or give a file."
+                )
+            return True
+        if not Path(path).exists():
+            raise UserError(f"--ckpt_path names {path!r}, which does not exist; give a checkpoint or `last`.")
+        return Path(path).resolve().is_relative_to(self.folder.resolve())
+
+    def _check_init(self, config: Any) -> None:
+        """A fresh run sets aside what its folder held before; it must not start from a file in there."""
+        init = (config.model.get("init_args") or {}).get("init")
+        inside = isinstance(init, str) and Path(init).resolve().is_relative_to(self.folder.resolve())
+        if self._command == "fit" and not self._resuming and inside:
+            raise UserError(
+                f"{config.name!r} would start from {init}, in its own folder, which a fresh run sets aside; "
+                "give the new run another --name, or continue the old one with --ckpt_path last."
+            )
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Build the Trainer; where none was given, with our logger, learning-rate record and progress."""
+        given = self._get(self.config_init, "trainer")
+        callbacks: list[Callback] = given.callbacks or []
+        callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
+        logger = given.logger
+        if logger in (None, True):
+            logger = self._command == "fit" and RunLogger(self.folder, append=self._resuming)
+        if logger and self._command == "fit" and not given.fast_dev_run:
+            callbacks.append(LearningRateMonitor(logging_interval="step"))
+        if isinstance(seed := self._get(self.config, "seed_everything"), int):
+            callbacks.append(StepSeed(seed))
+        has_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
+        if not has_bar and given.enable_progress_bar is not False:
+            callbacks.append(RichProgressBar() if sys.stdout.isatty() else LineProgress())
+        self.save_config_kwargs["fresh"] = not self._resuming
+        self.save_config_kwargs["folder"] = self.folder
+        if given.fast_dev_run:
+            self.save_config_callback = None
+        kwargs |= {"logger": logger, "callbacks": callbacks, "default_root_dir": str(self.folder)}
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except ValueError as error:  # an accelerator or strategy of that name, say, does not exist
+            raise UserError(f"the trainer's settings cannot be used: {error}") from error
+
+    def after_fit(self) -> None:
+        """Say where the weights are."""
+        callback = self.trainer.checkpoint_callback
+        path = getattr(callback, "last_model_path", "") or getattr(callback, "best_model_path", "")
+        if path and Path(path).exists() and rank_zero_only.rank == 0:
+            print(f"dtpvit: wrote {os.path.relpath(path)}", file=sys.stderr)
+
+
+def default_precision(accelerator: object) -> str:
+    """The precision if nobody says: bf16-mixed on a GPU that has it, 16-mixed on an older one, else fp32."""
+    wants_gpu = accelerator in ("auto", "gpu", "cuda", None)
+    if not (wants_gpu and torch.cuda.is_available()):
+        return "32-true"
+    return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"

@@ -1,0 +1,258 @@
+"""The command ``dtpvit``: dispatch only. Help answers at once; torch is imported by what needs it."""
+
+import argparse
+import difflib
+import importlib
+import logging
+import os
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from dtpvit import __version__
+from dtpvit.errors import UserError
+
+__all__ = ["main"]
+
+
+class Command(NamedTuple):
+    """One line of the help, and the function behind it; without a target, Lightning's Trainer runs it."""
+
+    summary: str
+    target: str | None = None
+
+
+COMMANDS = {
+    "fit": Command("train, or continue a run: --config FILE [--data DATA] [--init FILE] [--ckpt_path last]"),
+    "validate": Command("run a config's validation on a checkpoint: --config FILE --ckpt_path FILE|last"),
+    "test": Command("the same on the test data"),
+    "predict": Command("run the model over data and hand its outputs to the callbacks of the config"),
+    "zeroshot": Command(
+        "zero-shot classification of a checkpoint: --data DATA --checkpoint FILE",
+        "dtpvit.evaluation.zeroshot:zeroshot",
+    ),
+    "export": Command(
+        "write a checkpoint as a folder that open_clip loads: --help lists the options",
+        "dtpvit.interop.export:export",
+    ),
+}
+
+_SHORTHANDS = """\
+Shorthands of fit, validate, test and predict:
+  --data DATA        a folder, a brace list or a list of shards: --data.init_args.train (other commands: .val)
+  --init FILE        start from these weights: --model.init_args.init
+  --precision P      --trainer.precision (unless given: bf16-mixed on a GPU, 32-true on a CPU)
+  --name NAME        the run's folder, runs/NAME (unless given: the name of the last --config file)
+
+`dtpvit COMMAND --help` lists all options of a command. DTPVIT_DEBUG=1 shows tracebacks.
+Exit codes: 0 done, 1 a fault of ours, 2 something you can put right, 130 interrupted."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command and return its exit code: 0, 2 for a mistake of the user, 130 for Ctrl-C.
+
+    Args:
+        argv: The arguments after the program's name; those of this process if None.
+
+    Raises:
+        Exception: Whatever is not the user's mistake, for its traceback; with ``DTPVIT_DEBUG=1`` everything.
+    """
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    try:
+        return _dispatch(arguments)
+    except KeyboardInterrupt:
+        return 130
+    except SystemExit as stop:
+        if any(isinstance(error, KeyboardInterrupt) for error in _chain(stop)):
+            return 130  # Lightning turns Ctrl-C into exit(1) once it has shut down
+        raise
+    except Exception as error:
+        sentence = explain(error)
+        if sentence is None or os.environ.get("DTPVIT_DEBUG", "0") not in ("", "0"):
+            raise
+        print(f"dtpvit: {sentence}", file=sys.stderr)
+        return 2
+
+
+def _dispatch(arguments: list[str]) -> int:
+    name, *rest = arguments or ["help"]
+    if name in ("help", "-h", "--help"):
+        if rest and rest[0] in COMMANDS:
+            return _dispatch([rest[0], "--help"])
+        print(_help())
+        return 0
+    if name in ("-V", "--version", "version"):
+        print(f"dtpvit {__version__}")
+        return 0
+    if name not in COMMANDS:
+        raise UserError(_unknown_command(name))
+    # Classes of the user's own project, named in a config by import path; last, so that they shadow nothing.
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    rest = [_underscores(argument) for argument in rest]
+    _check_config_files(name, rest)
+    _prepare_process()
+    if (target := COMMANDS[name].target) is not None:
+        _call(name, target, rest)
+    else:
+        from dtpvit._trainer_cli import TrainerCLI
+
+        TrainerCLI(name, _expand_shorthands(name, rest))
+    return 0
+
+
+class _Log(logging.Handler):
+    """Prints to what ``sys.stderr`` is when something is logged."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(f"dtpvit: {record.getMessage()}", file=sys.stderr)
+
+
+def _prepare_process() -> None:
+    """Settle threads and output, before torch is imported; what the user has set in the environment stays."""
+    # By default OpenMP threads that wait keep their core busy. Beside the processes that decode images this
+    # made a training on 2 shared cores 3 to 8 times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # In a log file: wide tables, and bars that are rarely redrawn.
+    if not sys.stdout.isatty():
+        os.environ.setdefault("COLUMNS", "120")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_MININTERVAL", "30")
+    log = logging.getLogger("dtpvit")
+    log.setLevel(logging.INFO if os.environ.get("LOCAL_RANK", "0") == "0" else logging.WARNING)
+    if not log.handlers:
+        log.addHandler(_Log())
+
+
+def _call(name: str, target: str, arguments: list[str]) -> None:
+    """Run the function ``module:function``, its signature being the command's options."""
+    import jsonargparse
+
+    module, function = target.split(":")
+    component = getattr(importlib.import_module(module), function)
+    jsonargparse.auto_cli(
+        component, args=arguments, as_positional=False, prog=f"dtpvit {name}", exit_on_error=False
+    )
+
+
+def _help() -> str:
+    lines = [
+        f"dtpvit {__version__}: Vision Transformers that spend tokens only where an image needs them",
+        "",
+    ]
+    lines += ["usage: dtpvit COMMAND [options]", ""]
+    lines += [f"  {name:<10} {command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join([*lines, "  help       this text; also --version", "", _SHORTHANDS])
+
+
+def _unknown_command(name: str) -> str:
+    if name.startswith("-"):
+        return f"found the option {name!r} where a command was expected; write `dtpvit COMMAND {name} ...`."
+    near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.5)
+    advice = f"did you mean `dtpvit {near[0]}`?" if near else "`dtpvit help` lists the commands."
+    return f"there is no command {name!r}; {advice}"
+
+
+def _underscores(argument: str) -> str:
+    """Spell ``--batch-size`` as the parameter is spelt, ``--batch_size``; values stay as they are."""
+    match = re.match(r"--[A-Za-z][\w.-]*", argument)
+    return argument if match is None else "--" + match[0][2:].replace("-", "_") + argument[match.end() :]
+
+
+def _options(arguments: list[str]) -> Iterator[tuple[int, int, str, str]]:
+    """Each option with a value, as (index, arguments it takes up, option, value)."""
+    for index, argument in enumerate(arguments):
+        option, equals, value = argument.partition("=")
+        if not option.startswith("-"):
+            continue
+        if equals:
+            yield index, 1, option, value
+        elif index + 1 < len(arguments):
+            yield index, 2, option, arguments[index + 1]
+
+
+def _check_config_files(command: str, arguments: list[str]) -> None:
+    if COMMANDS[command].target is None and not any(re.match(_SAYS_WHAT_TO_DO, a) for a in arguments):
+        raise UserError(f"{command} needs to know what to run; write `dtpvit {command} --config FILE`.")
+    for _, _, option, value in _options(arguments):
+        path = Path(value)
+        if option not in ("-c", "--config") or path.is_file() or "\n" in value or "://" in value:
+            continue
+        folder = path.parent if path.parent.is_dir() else Path("configs")
+        names = sorted(p.name for p in folder.glob("*.yaml"))
+        near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.4)
+        advice = f"did you mean {folder / near[0]}?" if near else f"{folder}/ holds {len(names)} YAML files."
+        raise UserError(f"there is no config file {value!r}; {advice}")
+
+
+def _expand_shorthands(command: str, arguments: list[str]) -> list[str]:
+    """Replace the shorthands by what they stand for, moved to the end, where no config overrides them."""
+    long = {
+        "--data": f"--data.init_args.{'train' if command == 'fit' else 'val'}",
+        "--init": "--model.init_args.init",
+        "--precision": "--trainer.precision",
+    }
+    kept, moved, skip = list[str](), list[str](), set[int]()
+    for index, width, option, value in _options(arguments):
+        if option in long and index not in skip and not (option == "--data" and _names_a_class(value)):
+            moved.append(f"{long[option]}={value}")
+            skip |= set(range(index, index + width))
+    kept = [argument for index, argument in enumerate(arguments) if index not in skip]
+    return kept + moved
+
+
+def _names_a_class(value: str) -> bool:
+    """Whether the value of ``--data`` is what LightningCLI takes: a class, a sub-config or inline JSON."""
+    if Path(value).exists():
+        return value.endswith((".yaml", ".yml", ".json"))
+    dotted_class = re.fullmatch(r"([A-Za-z_]\w*\.)*[A-Z]\w*", value)
+    return dotted_class is not None or value.startswith('{"')
+
+
+def explain(error: BaseException) -> str | None:
+    """The sentence for the user behind ``error``, wherever it was raised; None if no mistake of theirs."""
+    chain = list(_chain(error))
+    for link in chain:
+        # A worker process hands over its traceback as text.
+        if told := re.findall(r"^dtpvit\.errors\.UserError: (.+)$", str(link), re.MULTILINE):
+            return told[-1].strip()
+    for link in chain:
+        if isinstance(link, UserError):
+            return _one_line(str(link))
+    if type(error).__name__ == "MisconfigurationException":  # Lightning's own word for a mistake of its user
+        return _one_line(str(error))
+    return _one_line(_without_types(str(error))) if isinstance(error, argparse.ArgumentError) else None
+
+
+def _without_types(message: str) -> str:
+    """jsonargparse's message without its report on the other types that the value might have had."""
+    lines = [line for line in message.splitlines() if not re.match(_REPORT_ON_TYPES, line)]
+    text = re.sub(r"<class '(?:[\w.]+\.)?(\w+)'>", r"\1", "\n".join(lines))
+    text = re.sub(
+        r"Option '(train|val|init)' is", r"Option '\1' (which --data or --init stands for) is", text
+    )
+    return re.sub(r'^Parser key "([\w.]+)":', r"\1:", text) + "; --help lists the options."
+
+
+_SAYS_WHAT_TO_DO = r"(-c|--config|--model|-h|--help|--print_config)(?![a-z])"
+_REPORT_ON_TYPES = (
+    r"[\s-]*(Does not validate against any of the Union|Subtypes:|Errors:|Given value|"
+    r"Expected a <class 'NoneType'>|Expected a path but)"
+)
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """``error`` and what it was raised from, newest first."""
+    seen = set[int]()
+    link: BaseException | None = error
+    while link is not None and id(link) not in seen:
+        seen.add(id(link))
+        yield link
+        link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
+
+
+def _one_line(text: str) -> str:
+    lines = [line.strip().removeprefix("- ") for line in text.splitlines()]
+    return " ".join(line for line in lines if line)

@@ -1,0 +1,231 @@
+"""A loader of tar shards that resumes exactly, in the middle of an epoch, with any number of workers."""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any, Generic, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from dtpvit.datamodules.samples import CAUSES
+from dtpvit.datamodules.shards import count_samples, shard_counts
+from dtpvit.datamodules.stream import Recipe, ShardStream
+from dtpvit.errors import UserError
+
+__all__ = ["ResumableLoader"]
+
+Raw = TypeVar("Raw")
+Sample = TypeVar("Sample")
+_FIELDS = 3  # of the stream's control tensor before the counts of the workers
+
+
+class ResumableLoader(Generic[Raw, Sample]):
+    """Batches from tar shards, in a fixed number per epoch for training, or all samples once for evaluation.
+
+    Args:
+        shards: Paths or addresses, as ``expand_shards`` gives them.
+        recipe: Reads, decodes and collates.
+        batch_size: Per rank.
+        num_workers: Worker processes; 0 loads in this process.
+        train: Training gives every rank the same number of full batches, starting a worker's shards anew if
+            broken samples leave too few; evaluation gives every sample once over all ranks and workers, the
+            last batches being short, in a fixed order, always as epoch 0.
+        num_samples: Samples per epoch over all ranks; None takes the sum of img2dataset's ``_stats.json``.
+        shuffle_buffer: Undecoded samples held back for shuffling, per worker, in training; 0 makes every
+            epoch the same, in the order of the shards.
+        seed: Of shard order, shuffling and (through the recipe) augmentation.
+        rank, world_size: Of this process; never read from the environment.
+
+    Raises:
+        UserError: If training cannot know the number of samples, or they do not fill one batch on every rank.
+    """
+
+    def __init__(
+        self,
+        shards: Sequence[str],
+        recipe: Recipe[Raw, Sample],
+        *,
+        batch_size: int,
+        num_workers: int = 0,
+        train: bool = True,
+        num_samples: int | None = None,
+        shuffle_buffer: int = 2000,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.batch_size = batch_size
+        self.num_samples = count_samples(shards) if num_samples is None else num_samples
+        self.steps = _steps(self.num_samples, len(shards), batch_size, world_size) if train else None
+        self._consumers = max(1, num_workers)
+        self._stream = ShardStream(
+            list(shards),
+            recipe,
+            batch_size,
+            self.steps,
+            shuffle_buffer if train else 0,
+            seed,
+            rank,
+            world_size,
+        )
+        self._stream.control = torch.zeros(_FIELDS + self._consumers, dtype=torch.int64).share_memory_()
+        self._stream.skips = torch.zeros(self._consumers, len(CAUSES), dtype=torch.int64).share_memory_()
+        self._loader = DataLoader(
+            self._stream,
+            batch_size=None,
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            # Its own generator: worker seeds drawn from the global one would change the model's randomness.
+            generator=torch.Generator().manual_seed(seed),
+        )
+        self._length = self._count_batches()
+        self._epoch = self._position = self._salt = 0
+        self._used = [0] * self._consumers
+        self._resuming = False
+
+    def __len__(self) -> int:
+        """Batches of this rank per epoch; in evaluation broken samples may leave fewer.
+
+        Raises:
+            TypeError: In evaluation, if a shard's number of samples is not known.
+        """
+        if self._length is None:
+            raise TypeError("the number of samples is not known: a shard has no _stats.json")
+        return self._length
+
+    batch_sampler = None  # Lightning asks whoever has a ``sampler`` for this too
+
+    @property
+    def sampler(self) -> "ResumableLoader[Raw, Sample] | None":
+        """Where Lightning looks for ``set_epoch``; None in evaluation, whose epoch never changes."""
+        return self if self.steps is not None else None
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        """Samples left out since the present epoch's iteration began, by cause, over this rank's workers."""
+        totals = self._stream.skips.sum(0).tolist()
+        return {cause: number for cause, number in zip(CAUSES, totals, strict=True) if number}
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that the next iteration gives; a position loaded for another is forgotten."""
+        if epoch != self._epoch:
+            self._start_epoch(epoch)
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        """The epoch's batches, or after ``load_state_dict`` the rest of them.
+
+        Nothing happens before the first batch is asked for: Lightning calls ``iter`` ahead of ``set_epoch``.
+        """
+        if not self._resuming:
+            self._start_epoch(self._epoch)
+        self._resuming = False
+        control = [self._epoch, self._position, self._salt, *self._used]
+        self._stream.control.copy_(torch.tensor(control, dtype=torch.int64))
+        for logical, used, batch in self._loader:
+            if isinstance(batch, str):
+                # Now, for the garbage collector may close their queues first and then wait for them in vain.
+                self._stop_workers()
+                raise UserError(batch)
+            self._used[logical] = used
+            self._position += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position in plain Python.
+
+        Distributed, all ranks must call this together, as Lightning does: each rank has its own count of
+        samples used, which broken samples make unequal.
+        """
+        used = [list(self._used)]
+        if self._stream.world_size > 1 and dist.is_available() and dist.is_initialized():
+            used = [[0] * self._consumers for _ in range(dist.get_world_size())]
+            dist.all_gather_object(used, list(self._used))
+        return {
+            "epoch": self._epoch,
+            "position": self._position,
+            "salt": self._salt,
+            "used": used,
+            "layout": self._layout(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where ``state_dict`` was taken.
+
+        Exact if batch size, ranks, workers, seed and number of shards are the same; else, with a warning, as
+        many batches are left, drawn from a new shuffle of all shards.
+        """
+        self._start_epoch(int(state["epoch"]))
+        position = int(state["position"])
+        if self.steps is not None and position >= self.steps:
+            self._start_epoch(self._epoch + 1)
+            return
+        self._resuming = True
+        self._position, self._salt = position, int(state["salt"])
+        used = state["used"]
+        if state["layout"] == self._layout() and len(used) in (1, self._stream.world_size):
+            self._used = list(used[self._stream.rank if len(used) > 1 else 0])
+            return
+        changed = [name for name, value in self._layout().items() if state["layout"].get(name) != value]
+        warnings.warn(
+            f"The data loader has another {', '.join(changed) or 'number of ranks'} than the checkpoint's, "
+            "so the rest of this epoch is drawn from a new shuffle, not exactly continued.",
+            stacklevel=2,
+        )
+        self._salt = position + 1
+
+    def _count_batches(self) -> int | None:
+        if self.steps is not None:
+            return self.steps
+        counts = [number for number in shard_counts(self._stream.shards) if number is not None]
+        if len(counts) < len(self._stream.shards):
+            return None
+        return self._stream.expected_batches(counts, self._consumers)
+
+    def _start_epoch(self, epoch: int) -> None:
+        self._epoch, self._position, self._salt = epoch, 0, 0
+        self._used = [0] * self._consumers
+        self._resuming = False
+
+    def _layout(self) -> dict[str, int]:
+        stream = self._stream
+        return {
+            "batch_size": self.batch_size,
+            "world_size": stream.world_size,
+            "num_workers": self._loader.num_workers,
+            "num_shards": len(stream.shards),
+            "shuffle_buffer": stream.shuffle_buffer,
+            "seed": stream.seed,
+        }
+
+    def _stop_workers(self) -> None:
+        if self._loader.num_workers and self._loader._iterator is not None:
+            self._loader._iterator._shutdown_workers()  # type: ignore[attr-defined]
+            self._loader._iterator = None
+
+    @property
+    def _iterator(self) -> Any:
+        """Lightning shuts the workers down through this name at the end of a run."""
+        return self._loader._iterator
+
+    @_iterator.setter
+    def _iterator(self, value: None) -> None:
+        self._loader._iterator = value
+
+
+def _steps(num_samples: int | None, num_shards: int, batch_size: int, world_size: int) -> int:
+    """Batches per epoch on every rank."""
+    if num_samples is None:
+        raise UserError(
+            f"The number of training samples is not known: not all of the {num_shards} shards have a "
+            "_stats.json (an unfinished download has none); finish it or set num_samples."
+        )
+    steps = num_samples // (batch_size * world_size)
+    if steps == 0:
+        raise UserError(
+            f"The {num_samples} training samples do not fill one batch of {batch_size} on {world_size} "
+            "rank(s): lower batch_size or add data."
+        )
+    return steps

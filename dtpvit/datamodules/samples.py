@@ -1,0 +1,226 @@
+"""From a shard to image-text batches: read, filter, decode, collate; what is broken is skipped, counted."""
+
+import io
+import json
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from pathlib import PurePath
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from dtpvit.datamodules.tars import BrokenTar, read_members
+from dtpvit.datamodules.transforms import EvalTransform, TrainTransform, to_rgb
+
+__all__ = [
+    "CAUSES",
+    "IMAGE_ENDINGS",
+    "Decoded",
+    "ImageText",
+    "RawSample",
+    "SkippedSample",
+    "decode_image",
+    "read_samples",
+    "sample_seed",
+]
+
+CAUSES = (
+    "unreadable shard",
+    "duplicate key",
+    "no image",
+    "no caption",
+    "broken image",
+    "oversized image",
+)
+IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp")
+
+_MAX_PIXELS = 89_478_485  # 256 MiB of RGB, where PIL too starts to suspect a decompression bomb
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+_CACHED_CAPTIONS = 32_768  # 20 MB of token rows at CLIP's context length
+_logger = logging.getLogger(__name__)
+
+
+class SkippedSample(Exception):
+    """This sample cannot be used; ``cause`` is one of ``CAUSES``."""
+
+    def __init__(self, cause: str) -> None:
+        super().__init__(cause)
+        self.cause = cause
+
+
+class RawSample(NamedTuple):
+    """One sample as it lies in the archive. ``key`` is unique over data sets: folder/shard/key."""
+
+    key: str
+    image: bytes
+    text: bytes | None
+    meta: bytes | None
+
+
+class Decoded(NamedTuple):
+    """One sample ready for its batch; ``image`` is uint8 (3, H, W)."""
+
+    image: Tensor
+    caption: str
+    seed: int
+
+
+def read_samples(shard: str, skip: Callable[[str], None]) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Key and members (by lower-case ending) of every sample of a shard; neighbours with one key are one.
+
+    ``skip`` is called with the cause for every duplicate, and once if the shard is damaged. The sample at
+    which damage begins is not yielded, for it may be incomplete.
+    """
+    prefix = "/".join(PurePath(shard).parts[-2:]).rsplit(".tar", 1)[0]
+    key, parts, seen = "", {}, set()
+    try:
+        for name, data in read_members(shard):
+            folder, _, file = name.rpartition("/")
+            stem, _, ending = file.lower().partition(".")
+            if not stem or not ending or stem.startswith("__"):
+                continue
+            this = f"{folder}/{file[: len(stem)]}" if folder else file[: len(stem)]
+            if this != key:
+                if parts:
+                    yield f"{prefix}/{key}", parts
+                    seen.add(key)
+                key, parts = this, {}
+            if this in seen or ending in parts:
+                skip("duplicate key")
+            else:
+                parts[ending] = data
+    except BrokenTar as error:
+        _logger.warning("Skipping the rest of a shard: %s", error)
+        skip("unreadable shard")
+        return
+    if parts:
+        yield f"{prefix}/{key}", parts
+
+
+def sample_seed(key: str, epoch: int, seed: int) -> int:
+    """Non-negative 62-bit hash of a sample's key, the epoch and the run's seed."""
+    digest = blake2b(f"{key}|{epoch}|{seed}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 2
+
+
+def decode_image(data: bytes, min_side: int | None = None) -> Image.Image:
+    """RGB image, upright by its EXIF orientation.
+
+    With ``min_side`` a large JPEG is decoded at 1/2, 1/4 or 1/8 size, its short side staying at least that.
+
+    Raises:
+        SkippedSample: If the image is broken, cut off, or so large that decoding it would be an attack.
+    """
+    try:
+        image = Image.open(io.BytesIO(data), formats=_FORMATS)
+        if image.width * image.height > _MAX_PIXELS:
+            raise SkippedSample("oversized image")
+        if min_side is not None and image.format == "JPEG" and min(image.size) >= 2 * min_side:
+            image.draft(image.mode, (min_side, min_side))
+        image.load()
+        if "exif" in image.info:
+            image = _upright(image)
+        return to_rgb(image)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise SkippedSample("oversized image") from None
+    except SkippedSample:
+        raise
+    except Exception:  # PIL's plugins raise nearly anything on damaged input
+        raise SkippedSample("broken image") from None
+
+
+@dataclass
+class ImageText:
+    """How an image-text sample is read, decoded and collated; picklable, one per worker.
+
+    Attributes:
+        transform: PIL image -> uint8 tensor (3, H, W); a ``TrainTransform`` is given the sample's own seed.
+        tokenize: Captions -> int64 tensor (n, context).
+        seed: The run's seed.
+        captions_field: List of captions in a sample's json, of which each epoch takes one, by the sample's
+            hash; samples without it, and all if None, use their ``.txt`` (or the json's ``caption``).
+    """
+
+    transform: TrainTransform | EvalTransform
+    tokenize: Callable[[list[str]], Tensor]
+    seed: int = 0
+    captions_field: str | None = "captions"
+    _rows: dict[str, Tensor] = field(default_factory=dict, repr=False)
+
+    def read(self, shard: str, skip: Callable[[str], None]) -> Iterator[RawSample]:
+        """The samples of a shard that have an image and some caption, undecoded."""
+        for key, parts in read_samples(shard, skip):
+            image = next((parts[ending] for ending in IMAGE_ENDINGS if ending in parts), None)
+            text, meta = parts.get("txt"), parts.get("json")
+            if not image:
+                skip("no image")
+            elif not text and not meta:
+                skip("no caption")
+            else:
+                yield RawSample(key, image, text, meta)
+
+    def decode(self, raw: RawSample, epoch: int) -> Decoded:
+        """Image, caption and seed of a sample, the same for one epoch wherever and whenever it is decoded.
+
+        Raises:
+            SkippedSample: If the image is broken or the caption is empty.
+        """
+        seed = sample_seed(raw.key, epoch, self.seed)
+        caption = self._caption(raw, seed)
+        if isinstance(self.transform, TrainTransform):
+            # Half as much again as the crop needs, so that the last halving is left to the better filter.
+            low = self.transform.scale[0] ** 0.5
+            side = int(1.5 * max(self.transform.image_size) / low)
+            return Decoded(self.transform(decode_image(raw.image, side), seed), caption, seed)
+        return Decoded(self.transform(decode_image(raw.image)), caption, seed)
+
+    def collate(self, samples: list[Decoded]) -> dict[str, Tensor]:
+        """{"image": uint8 (B, 3, H, W), "text": int64 (B, context), "seed": int64 (B,)}."""
+        return {
+            "image": torch.stack([sample.image for sample in samples]),
+            "text": torch.stack(self._tokens([sample.caption for sample in samples])),
+            "seed": torch.tensor([sample.seed for sample in samples], dtype=torch.int64),
+        }
+
+    def _tokens(self, captions: list[str]) -> list[Tensor]:
+        known = self._rows
+        new = list(dict.fromkeys(caption for caption in captions if caption not in known))
+        fresh = dict(zip(new, self.tokenize(new), strict=True)) if new else {}
+        rows = [fresh[caption] if caption in fresh else known[caption] for caption in captions]
+        if len(known) + len(fresh) <= _CACHED_CAPTIONS:
+            known.update(fresh)
+        return rows
+
+    def _caption(self, raw: RawSample, seed: int) -> str:
+        meta: dict[str, Any] = {}
+        field_name = self.captions_field
+        if raw.meta and (not raw.text or (field_name and f'"{field_name}"'.encode() in raw.meta)):
+            meta = _load_json(raw.meta)
+        several = meta.get(field_name) if field_name else None
+        if isinstance(several, list):
+            several = [caption for caption in several if isinstance(caption, str) and caption.strip()]
+            if several:
+                return several[seed % len(several)].strip()
+        caption = raw.text.decode("utf-8", "replace") if raw.text else meta.get("caption")
+        if not isinstance(caption, str) or not caption.strip():
+            raise SkippedSample("no caption")
+        return caption.strip()
+
+
+def _load_json(data: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(data)
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # an unreadable EXIF block is no reason to lose the image
+        return image

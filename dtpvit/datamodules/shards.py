@@ -1,0 +1,115 @@
+"""Which shards a specification names, and how many samples they hold."""
+
+import glob
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import braceexpand
+
+from dtpvit.errors import UserError
+
+__all__ = ["count_samples", "expand_shards", "is_local", "missing_shards", "shard_counts"]
+
+_ENDINGS = (".tar", ".tar.gz", ".tgz")
+_REMOTE = re.compile(r"^([a-z][a-z0-9+.-]+://|pipe:)")
+
+
+def expand_shards(spec: str | Sequence[str]) -> list[str]:
+    """Paths and addresses of all shards that ``spec`` names, in order, each once.
+
+    ``spec`` is a path, a brace list (``cc12m/{00000..01242}.tar``), a glob, a folder (its tars), several of
+    these joined by ``::``, or a list of these. Shards in which img2dataset stored nothing are left out.
+
+    >>> expand_shards("pipe:aws s3 cp s3://bucket/{0..1}.tar -")
+    ['pipe:aws s3 cp s3://bucket/0.tar -', 'pipe:aws s3 cp s3://bucket/1.tar -']
+
+    Raises:
+        UserError: If a part of ``spec`` names nothing, or a local shard is not there.
+    """
+    parts = [part for entry in ([spec] if isinstance(spec, str) else spec) for part in entry.split("::")]
+    parts = [part.strip() for part in parts if part.strip()]
+    if not parts:
+        raise UserError(
+            f"No shards are named by {spec!r}; give a folder, a glob or a list like '{{00000..00009}}.tar'."
+        )
+    named = [shard for part in parts for shard in _expand_part(part)]
+    shards = [shard for shard in dict.fromkeys(named) if _successes(shard) != 0]
+    if not shards:
+        raise UserError(
+            f"All {len(named)} shards of {spec!r} are empty by their _stats.json; download them again."
+        )
+    return shards
+
+
+def shard_counts(shards: Sequence[str]) -> list[int | None]:
+    """Samples of each shard by img2dataset's ``_stats.json`` beside it; None where there is none."""
+    return [_successes(shard) for shard in shards]
+
+
+def count_samples(shards: Sequence[str]) -> int | None:
+    """Samples of all shards together, or None if even one of them has no ``_stats.json``."""
+    total = 0
+    for count in shard_counts(shards):
+        if count is None:
+            return None
+        total += count
+    return total
+
+
+def is_local(shard: str) -> bool:
+    """True for a path of this machine, false for an address or a ``pipe:`` command."""
+    return _REMOTE.match(shard) is None
+
+
+def missing_shards(shards: Sequence[str]) -> list[str]:
+    """The local shards that are not files."""
+    return [shard for shard in shards if is_local(shard) and not Path(shard).is_file()]
+
+
+def _expand_part(part: str) -> list[str]:
+    """One path, brace list, glob or folder -> shards."""
+    expanded = list(braceexpand.braceexpand(part)) if "{" in part else [part]
+    if not is_local(part):
+        return expanded
+    shards = [shard for item in expanded for shard in _expand_local(Path(item).expanduser(), part)]
+    if missing := missing_shards(shards):
+        raise UserError(
+            f"{len(missing)} of the {len(shards)} shards of {part!r} do not exist, the first is "
+            f"{missing[0]!r}; correct the range or download them."
+        )
+    return shards
+
+
+def _expand_local(path: Path, part: str) -> list[str]:
+    text = str(path)
+    if path.is_dir():
+        found = [str(child) for child in path.iterdir() if child.name.endswith(_ENDINGS) and child.is_file()]
+        wanted = "a folder with *.tar shards"
+    elif any(letter in text for letter in "*?["):
+        found = [name for name in glob.glob(text, recursive=True) if name.endswith(_ENDINGS)]
+        wanted = "a glob that matches *.tar shards"
+    else:
+        return [text]
+    if not found:
+        raise UserError(
+            f"No shards are at {part!r}, which should be {wanted}; correct the path or download the data."
+        )
+    return sorted(found)
+
+
+def _successes(shard: str) -> int | None:
+    """``successes`` of the shard's ``_stats.json``, or None where that file is absent or unreadable."""
+    if not is_local(shard):
+        return None
+    for ending in _ENDINGS:
+        if shard.endswith(ending):
+            stats = Path(shard.removesuffix(ending) + "_stats.json")
+            break
+    else:
+        return None
+    try:
+        return int(json.loads(stats.read_text())["successes"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

@@ -1,0 +1,28 @@
+"""What every test starts from: one thread, a fixed seed, and the real data if they are at hand."""
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+# The tests' tensors are small: more threads, in each of several test processes, only wait for each other.
+torch.set_num_threads(1)
+
+SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
+
+
+@pytest.fixture(autouse=True)
+def seed() -> int:
+    """Seed Python's and torch's generators before each test, so that its order does not matter."""
+    random.seed(0)
+    torch.manual_seed(0)
+    return 0
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder of real data (photographs, captions, weights) beside the repository; skips if absent."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip("needs the real data in ../shared/data, which are not part of the repository")
+    return SHARED_DATA

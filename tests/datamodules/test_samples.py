@@ -1,0 +1,258 @@
+"""Reading archives that nobody promised to be whole, and decoding what is in them."""
+
+import io
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from shard_files import jpeg, pair, shared, tokenize, write_tar
+
+from dtpvit.datamodules import samples as samples_module
+from dtpvit.datamodules.samples import ImageText, SkippedSample, decode_image, read_samples, sample_seed
+from dtpvit.datamodules.tars import BrokenTar, read_members
+from dtpvit.datamodules.transforms import eval_transform, train_transform
+
+LONG = "a/very/long/path/" * 14
+
+
+def by_tarfile(path):
+    with tarfile.open(path) as tar:
+        return [(m.name, tar.extractfile(m).read()) for m in tar if m.isreg()]
+
+
+def collect(shard):
+    causes = []
+    return list(read_samples(str(shard), causes.append)), causes
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+@pytest.mark.parametrize("folder", ["", "sub/folder/", "ü/" * 20, LONG], ids=["", "sub", "unicode", "long"])
+def test_archives_are_read_as_tarfile_reads_them(tmp_path, form, folder):
+    if form == tarfile.USTAR_FORMAT and folder == LONG:
+        folder = "a/long/path/" * 16  # ustar's own limit is 255 letters
+    path = tmp_path / "x.tar"
+    samples = {f"{folder}{i}": {"jpg": jpeg(i), "txt": b"", "bin": bytes(i * 171)} for i in range(7)}
+    write_tar(path, samples, format=form)
+    with tarfile.open(path, "a", format=form) as tar:
+        tar.addfile(_link("link", "0.jpg"))
+    expected = by_tarfile(path)
+    assert len(expected) == 21 and list(read_members(str(path))) == expected
+
+
+def _link(name, target):
+    member = tarfile.TarInfo(name)
+    member.type, member.linkname = tarfile.SYMTYPE, target
+    return member
+
+
+def test_compressed_archives_and_commands(tmp_path):
+    plain = write_tar(tmp_path / "x.tar", {"0": pair(0)})
+    zipped = write_tar(tmp_path / "x.tar.gz", {"0": pair(0)}, mode="w:gz")
+    assert list(read_members(zipped)) == list(read_members(plain)) == list(read_members(f"pipe:cat {plain}"))
+
+
+def test_real_shards_are_read_as_tarfile_reads_them():
+    path = shared("captions/flickr8k_ar256") / "00000.tar"
+    assert list(read_members(str(path))) == by_tarfile(path)
+
+
+@pytest.mark.parametrize("damage", ["cut in a member", "cut in a header", "header overwritten", "no end"])
+def test_damage_is_told_from_the_end(tmp_path, damage):
+    path = tmp_path / "x.tar"
+    write_tar(path, {str(i): {"txt": bytes([65 + i]) * 600} for i in range(6)})
+    data = bytearray(path.read_bytes())
+    third = 3 * (512 + 1024)
+    if damage == "header overwritten":
+        data[third + 10] ^= 0xFF
+    else:
+        del data[{"cut in a member": third + 700, "cut in a header": third + 100, "no end": third}[damage] :]
+    path.write_bytes(data)
+    read = []
+    with pytest.raises(BrokenTar, match=r"x\.tar"):
+        for name, _ in read_members(str(path)):
+            read.append(name)
+    assert read == ["0.txt", "1.txt", "2.txt"]
+
+
+def test_a_shard_that_cannot_be_opened_is_counted(tmp_path, caplog):
+    assert collect(tmp_path / "gone.tar") == ([], ["unreadable shard"])
+    (tmp_path / "text.tar").write_text("this is no archive " * 100)
+    assert collect(tmp_path / "text.tar") == ([], ["unreadable shard"])
+    (tmp_path / "bad.tar.gz").write_text("this is no archive " * 100)
+    assert collect(tmp_path / "bad.tar.gz") == ([], ["unreadable shard"])
+    assert len(caplog.records) == 3
+
+
+def test_members_are_grouped_and_duplicates_dropped(tmp_path):
+    path = tmp_path / "set" / "00007.tar"
+    members = [
+        ("a.JPG", b"1"),
+        ("a.txt", b"2"),
+        ("a.txt", b"3"),
+        ("b.seg.png", b"4"),
+        ("a.txt", b"5"),
+        (".x", b""),
+    ]
+    members += [("__meta__.json", b"6"), ("dir/a.jpg", b"7"), ("noending", b"8")]
+    path.parent.mkdir()
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    found, causes = collect(path)
+    assert found == [
+        ("set/00007/a", {"jpg": b"1", "txt": b"2"}),
+        ("set/00007/b", {"seg.png": b"4"}),
+        ("set/00007/dir/a", {"jpg": b"7"}),
+    ]
+    assert causes == ["duplicate key", "duplicate key"]
+
+
+def test_the_sample_at_which_an_archive_breaks_is_not_given(tmp_path):
+    path = tmp_path / "x.tar"
+    write_tar(path, {"0": pair(0), "1": pair(1)})
+    data = path.read_bytes()
+    path.write_bytes(data[: data.rindex(b"caption 1") - 512])  # sample 1 has lost its caption
+    found, causes = collect(path)
+    assert [key for key, _ in found] == [f"{tmp_path.name}/x/0"] and causes == ["unreadable shard"]
+
+
+def encoded(image, form, **save):
+    stream = io.BytesIO()
+    image.save(stream, form, **save)
+    return stream.getvalue()
+
+
+def test_images_of_every_kind_become_rgb():
+    image = Image.open(io.BytesIO(jpeg(3, (40, 30))))
+    for form, kind in (
+        ("PNG", "RGBA"),
+        ("PNG", "P"),
+        ("PNG", "LA"),
+        ("JPEG", "CMYK"),
+        ("JPEG", "L"),
+        ("WEBP", "RGB"),
+    ):
+        decoded = decode_image(encoded(image.convert(kind), form))
+        assert decoded.mode == "RGB" and decoded.size == (40, 30)
+    deep = Image.fromarray(np.full((5, 4), 40_000, dtype=np.uint16))
+    assert decode_image(encoded(deep, "PNG")).getpixel((0, 0)) == (156, 156, 156)
+
+
+def test_images_are_turned_upright():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: show it rotated by 90 degrees
+    image = Image.new("RGB", (40, 30))
+    image.paste((255, 255, 255), (0, 0, 40, 15))
+    upright = decode_image(encoded(image, "JPEG", exif=exif, quality=95))
+    assert upright.size == (30, 40)
+    assert upright.getpixel((25, 20))[0] > 250 and upright.getpixel((5, 20))[0] < 5
+    assert decode_image(encoded(image, "JPEG", exif=b"Exif\0\0broken")).size == (40, 30)
+
+
+@pytest.mark.parametrize("data", [b"", b"no image", jpeg(0)[:150], jpeg(0, (200, 200), quality=95)[:-900]])
+def test_broken_images_are_refused(data):
+    with pytest.raises(SkippedSample, match="broken image"):
+        decode_image(data)
+
+
+def test_decompression_bombs_are_refused(monkeypatch):
+    bomb = encoded(Image.new("1", (20_000, 20_000)), "PNG")
+    assert len(bomb) < 100_000
+    with pytest.raises(SkippedSample, match="oversized image"):
+        decode_image(bomb)  # beyond PIL's own limit
+    monkeypatch.setattr(samples_module, "_MAX_PIXELS", 100)
+    with pytest.raises(SkippedSample, match="oversized image"):
+        decode_image(jpeg(0))
+
+
+def test_large_jpegs_are_decoded_small_but_no_smaller_than_asked():
+    data = encoded(
+        Image.open(io.BytesIO(jpeg(1))).resize((900, 700), Image.Resampling.BICUBIC), "JPEG", quality=95
+    )
+    assert decode_image(data).size == (900, 700)
+    assert decode_image(data, 700).size == (900, 700)
+    assert decode_image(data, 350).size == (450, 350)
+    assert decode_image(data, 100).size == (225, 175)
+    fast = train_transform(100, scale=(1.0, 1.0))(decode_image(data, 150), seed=0).float()
+    slow = train_transform(100, scale=(1.0, 1.0))(decode_image(data), seed=0).float()
+    assert (fast - slow).abs().mean() < 0.6
+
+
+def test_seeds_are_62_bits_of_key_epoch_and_run():
+    seeds = [
+        sample_seed(f"set/00000/{key}", epoch, run)
+        for key in range(40)
+        for epoch in range(5)
+        for run in range(5)
+    ]
+    assert len(set(seeds)) == 1000 and 0 <= min(seeds) and 2**61 < max(seeds) < 2**62
+    assert sample_seed("flickr/00000/1", 3, 0) == 1159112440550966962  # must never change: runs resume by it
+
+
+def recipe(**options):
+    return ImageText(eval_transform(8), tokenize, **options)
+
+
+def captions(parts, epochs=1, **options):
+    shard_recipe = recipe(**options)
+    raw = samples_module.RawSample("set/0/k", jpeg(0), parts.get("txt"), parts.get("json"))
+    return [shard_recipe.decode(raw, epoch).caption for epoch in range(epochs)]
+
+
+def test_captions_come_from_the_text_or_the_json():
+    assert captions({"txt": b" caption 1\n"}) == ["caption 1"]
+    assert captions({"json": b'{"caption": "caption 2"}'}) == ["caption 2"]
+    assert captions({"txt": b"caption 1", "json": b'{"caption": "caption 2"}'}) == ["caption 1"]
+    assert captions({"txt": b"caption 1", "json": b'{"captions": ['}) == ["caption 1"]
+    assert captions({"txt": b"caption 1", "json": b'{"captions": [" ", null]}'}) == ["caption 1"]
+    for empty in ({"txt": b" \n"}, {"json": b"{}"}, {"json": b"[1]"}, {"json": b'{"caption": null}'}):
+        with pytest.raises(SkippedSample, match="no caption"):
+            captions(empty)
+
+
+def test_one_of_several_captions_is_taken_each_epoch():
+    parts = {"txt": b"caption 0", "json": b'{"captions": ["caption 0", "caption 1", "caption 2"]}'}
+    taken = captions(parts, epochs=60)
+    assert taken == captions(parts, epochs=60)
+    assert all(10 < taken.count(f"caption {i}") < 32 for i in range(3))
+    assert taken != captions(parts, epochs=60, seed=1)
+    assert set(captions(parts, epochs=60, captions_field=None)) == {"caption 0"}
+
+
+def test_a_shard_gives_whole_pairs_and_counts_the_rest(tmp_path):
+    samples = {
+        "0": pair(0),
+        "1": {"txt": b"caption 1"},
+        "2": {"jpg": jpeg(2)},
+        "3": {"png": b"x", "json": b"{}"},
+    }
+    samples |= {"4": {"jpg": b"", "txt": b"caption 4"}}
+    causes = []
+    raws = list(recipe().read(write_tar(tmp_path / "x.tar", samples), causes.append))
+    assert [raw.key[-1] for raw in raws] == ["0", "3"]
+    assert causes == ["no image", "no caption", "no image"]
+
+
+def test_batches_are_collated_and_captions_tokenised_once(tmp_path):
+    calls = []
+
+    def counting(texts):
+        calls.append(texts)
+        return tokenize(texts)
+
+    shard_recipe = ImageText(eval_transform((8, 6)), counting)
+    shard = write_tar(tmp_path / "x.tar", {str(i): pair(i % 3) for i in range(6)})
+    decoded = [shard_recipe.decode(raw, 0) for raw in shard_recipe.read(shard, calls.append)]
+    batch = shard_recipe.collate(decoded)
+    again = shard_recipe.collate(decoded)
+    assert calls == [["caption 0", "caption 1", "caption 2"]]
+    for got in (batch, again):
+        assert got["text"][:, 0].tolist() == [0, 1, 2, 0, 1, 2] and got["text"].dtype == torch.int64
+        assert got["image"].shape == (6, 3, 8, 6) and got["image"].dtype == torch.uint8
+        assert (
+            got["seed"].tolist() == [sample.seed for sample in decoded] and got["seed"].unique().numel() == 6
+        )
