@@ -118,9 +118,7 @@ def _register(registrar: str) -> None:
 def install() -> None:
     """Put the finder at the head of ``sys.meta_path``; a second call replaces the first one's finder."""
     sys.meta_path[:] = [f for f in sys.meta_path if type(f).__qualname__ != AfterImport.__qualname__]
-    actions = {
-        name: lambda registrar=registrar: _register(registrar) for name, registrar in REGISTRARS.items()
-    }
+    actions = {name: lambda registrar=registrar: _register(registrar) for name, registrar in REGISTRARS.items()}
     finder = AfterImport(actions, package="dtpvit.interop")
     sys.meta_path.insert(0, finder)
     finder.catch_up()

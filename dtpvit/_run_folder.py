@@ -89,9 +89,7 @@ def set_aside(folder: Path) -> Path | None:
     found = [folder / name for name in RECORDS if (folder / name).exists()]
     if not any((folder / name).exists() for name in RECORDS[:2]):  # the rest is there before the first step
         return None
-    number = 1 + max(
-        (int(path.name) for path in folder.glob("earlier/*") if path.name.isdecimal()), default=0
-    )
+    number = 1 + max((int(path.name) for path in folder.glob("earlier/*") if path.name.isdecimal()), default=0)
     target = folder / "earlier" / str(number)
     target.mkdir(parents=True)
     for path in found:
@@ -126,9 +124,7 @@ class StepSeed(Callback):
         super().__init__()
         self.seed = seed
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Seed torch's generators, those of the GPUs included."""
         place = f"{self.seed} {trainer.current_epoch} {batch_idx} {trainer.global_rank}".encode()
         torch.manual_seed(int.from_bytes(hashlib.blake2b(place, digest_size=7).digest()))
@@ -190,9 +186,7 @@ class LineProgress(ProgressBar):
         if not self._enabled:
             return
         metrics = {
-            k: v
-            for k, v in self.get_metrics(trainer, pl_module).items()
-            if not k.startswith(("v_num", without))
+            k: v for k, v in self.get_metrics(trainer, pl_module).items() if not k.startswith(("v_num", without))
         }
         shown = [f"{key} {value:.4g}" for key, value in metrics.items() if isinstance(value, int | float)]
         epochs = f"/{trainer.max_epochs}" if (trainer.max_epochs or 0) > 0 else ""

@@ -105,9 +105,7 @@ class TrainerCLI(LightningCLI):
         if rank_zero_only.rank == 0:
             writes = self._command == "fit" and not config.trainer.fast_dev_run
             where = f"-> {self.folder}" if writes else f"of {config.name}"
-            print(
-                f"dtpvit {__version__}: {self._command} {where} ({config.trainer.precision})", file=sys.stderr
-            )
+            print(f"dtpvit {__version__}: {self._command} {where} ({config.trainer.precision})", file=sys.stderr)
 
     def _check_checkpoint(self, path: str | None, folder: Path) -> bool:
         """Whether this run continues what its folder holds; raises UserError if ``path`` leads nowhere."""

@@ -132,9 +132,7 @@ def _call(name: str, target: str, arguments: list[str]) -> None:
 
     module, function = target.split(":")
     component = getattr(importlib.import_module(module), function)
-    jsonargparse.auto_cli(
-        component, args=arguments, as_positional=False, prog=f"dtpvit {name}", exit_on_error=False
-    )
+    jsonargparse.auto_cli(component, args=arguments, as_positional=False, prog=f"dtpvit {name}", exit_on_error=False)
 
 
 def _help() -> str:
@@ -230,9 +228,7 @@ def _without_types(message: str) -> str:
     """jsonargparse's message without its report on the other types that the value might have had."""
     lines = [line for line in message.splitlines() if not re.match(_REPORT_ON_TYPES, line)]
     text = re.sub(r"<class '(?:[\w.]+\.)?(\w+)'>", r"\1", "\n".join(lines))
-    text = re.sub(
-        r"Option '(train|val|init)' is", r"Option '\1' (which --data or --init stands for) is", text
-    )
+    text = re.sub(r"Option '(train|val|init)' is", r"Option '\1' (which --data or --init stands for) is", text)
     return re.sub(r'^Parser key "([\w.]+)":', r"\1:", text) + "; --help lists the options."
 
 

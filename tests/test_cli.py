@@ -75,9 +75,7 @@ assert main(["--help"]) == 0
 used = resource.getrusage(resource.RUSAGE_SELF)
 assert "torch" not in sys.modules and used.ru_utime + used.ru_stime < 0.5, used
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     for command in COMMANDS:
         assert sum(line.startswith(f"  {command} ") for line in done.stdout.splitlines()) == 1
@@ -143,9 +141,7 @@ def test_a_mistake_is_one_sentence(mistake: str, project: Path, capsys: pytest.C
     arguments, expected = MISTAKES[mistake]
     assert main(arguments) == 2
     said = capsys.readouterr()
-    sentences = [
-        line for line in said.err.splitlines() if not line.startswith(f"dtpvit {dtpvit.__version__}:")
-    ]
+    sentences = [line for line in said.err.splitlines() if not line.startswith(f"dtpvit {dtpvit.__version__}:")]
     assert expected in said.err and "Traceback" not in said.err
     assert len(sentences) == 1 and sentences[0].startswith("dtpvit: "), said.err
     assert not (project / "runs/line/checkpoints").exists()

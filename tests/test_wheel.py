@@ -35,9 +35,7 @@ with torch.inference_mode():
 
 def run(*command: str, cwd: Path, path: str = "") -> str:
     environment = {**os.environ, "PYTHONPATH": path}
-    done = subprocess.run(
-        command, cwd=cwd, capture_output=True, text=True, timeout=300, env=environment, check=False
-    )
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, env=environment, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout.strip()
 

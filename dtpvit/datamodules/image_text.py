@@ -101,9 +101,7 @@ class ImageTextShards(L.LightningDataModule):
         if self.zeroshot is not None:
             self._find_zeroshot(self.zeroshot)
         if stage in ("validate", "test", "predict") and self.val is None and self.zeroshot is None:
-            raise UserError(
-                "There is nothing to evaluate on; set val to shards, or zeroshot to labelled images."
-            )
+            raise UserError("There is nothing to evaluate on; set val to shards, or zeroshot to labelled images.")
         self.image_size = self._from_model("image_size", self.image_size)
         self.tokenize = self._from_model("tokenize", self.tokenize)
 

@@ -81,8 +81,7 @@ def check_batching(batch_size: int, num_workers: int) -> None:
     """Refuse numbers that no loader can work with, by a UserError."""
     if batch_size < 1 or num_workers < 0:
         raise UserError(
-            f"The batch size is {batch_size} and the number of workers {num_workers}: "
-            "give at least 1 and at least 0."
+            f"The batch size is {batch_size} and the number of workers {num_workers}: give at least 1 and at least 0."
         )
 
 

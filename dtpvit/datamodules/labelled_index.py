@@ -157,9 +157,7 @@ def _guess(root: Path, folders: list[str], classnames: list[str] | None) -> str:
     return "folders"
 
 
-def _own_labels(
-    root: Path, folders: list[str], classnames: list[str] | None
-) -> tuple[dict[str, int], list[str]]:
+def _own_labels(root: Path, folders: list[str], classnames: list[str] | None) -> tuple[dict[str, int], list[str]]:
     """Labels of a data set with classes of its own, and the name of each class."""
     numbered = sorted(folders, key=lambda name: int(name) if name.isdecimal() else -1)
     is_count = numbered == [str(i) for i in range(len(folders))]
@@ -175,9 +173,7 @@ def _own_labels(
         return {name: int(name) for name in folders}, list(classnames)
     if len(by_name) < len(plain):
         twice = next(name for name in plain if plain.count(name) > 1)
-        raise UserError(
-            f"The class name {twice!r} occurs twice, so that folders cannot be told apart: rename one."
-        )
+        raise UserError(f"The class name {twice!r} occurs twice, so that folders cannot be told apart: rename one.")
     stray, absent = sorted(found - by_name.keys()), sorted(by_name.keys() - found)
     raise UserError(
         f"{root} has {len(folders)} class folders for {len(classnames)} class names"
@@ -257,8 +253,7 @@ def _shards(data: str, root: Path) -> list[Path]:
         promise = folder / "nshards.txt"
         if promise.is_file() and (promised := promise.read_text().strip()) != str(len(shards)):
             raise UserError(
-                f"{folder} holds {len(shards)} shards where its nshards.txt says {promised}: "
-                "finish the download."
+                f"{folder} holds {len(shards)} shards where its nshards.txt says {promised}: finish the download."
             )
         if shards:
             return shards
@@ -315,8 +310,7 @@ def _index_tar(shard: Path) -> tuple[list[Sample], int]:
                     labels[key] = int(content.read())
     except (tarfile.TarError, OSError, ValueError) as error:
         raise UserError(
-            f"{shard} is no sound, uncompressed tar with whole numbers as labels ({error}): "
-            "download it again."
+            f"{shard} is no sound, uncompressed tar with whole numbers as labels ({error}): download it again."
         ) from error
     complete = [key for key in images if key in labels]
     return [Sample(str(shard), labels[key], *images[key]) for key in complete], len(keys) - len(complete)

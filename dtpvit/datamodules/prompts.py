@@ -79,8 +79,7 @@ def load_templates(spec: str) -> list[Callable[[str], str]]:
             continue
         if not _PLACEHOLDER.search(line):
             raise UserError(
-                f"{spec}, line {number}: {line.strip()!r} has no place for the class name: "
-                "write {c} or {} there."
+                f"{spec}, line {number}: {line.strip()!r} has no place for the class name: write {{c}} or {{}} there."
             )
         templates.append(Template(line.strip()))
     if not templates:

@@ -98,9 +98,7 @@ def describe(shapes: Sequence[Placed], ground: str, draw: Random) -> str:
         text = f"{', '.join(names[:-1])} and {names[-1]}"
     if draw.random() < 0.25:
         text = f"{text} on a {ground} background"
-    return draw.choice(("{}", "{}", "{}", "a photo of {}", "a picture of {}", "an image with {}")).format(
-        text
-    )
+    return draw.choice(("{}", "{}", "{}", "a photo of {}", "a picture of {}", "an image with {}")).format(text)
 
 
 def _name(placed: Placed, draw: Random) -> str:
@@ -163,9 +161,7 @@ def _palette(draw: Random, shapes: Sequence[Placed]) -> tuple[Floats, Floats]:
     return best
 
 
-def _ground(
-    kind: str, palette: tuple[Floats, Floats], size: int, draw: Random, noise: np.random.RandomState
-) -> Floats:
+def _ground(kind: str, palette: tuple[Floats, Floats], size: int, draw: Random, noise: np.random.RandomState) -> Floats:
     """A textured ground, float (size, size, 3) in 0..1."""
     y, x = np.mgrid[0:size, 0:size].astype(np.float32) / size
     angle, phase = draw.uniform(0, math.pi), draw.uniform(0, 2 * math.pi)
@@ -209,9 +205,7 @@ def _paint(canvas: Floats, placed: Placed, draw: Random) -> Floats:
     ink = np.array(COLOURS[placed.colour], dtype=np.float32) / 255
     ink = ink + np.array([draw.uniform(-0.035, 0.035) for _ in range(3)], dtype=np.float32)
     y, x = np.mgrid[0:size, 0:size].astype(np.float32) / size
-    light = ((placed.x - x) + (placed.y - y)) / (
-        2 * placed.radius
-    )  # 1 at the top left, -1 at the bottom right
+    light = ((placed.x - x) + (placed.y - y)) / (2 * placed.radius)  # 1 at the top left, -1 at the bottom right
     return canvas * (1 - mask) + (ink * (1 + 0.09 * light[..., None])) * mask
 
 

@@ -50,9 +50,7 @@ class ShapesParameters:
 
     def __post_init__(self) -> None:
         if min(self.num_train, self.num_val, self.num_test, self.shard_size) < 1 or self.side < 16:
-            raise UserError(
-                f"{self} cannot be drawn; give at least one scene of each kind and 16 pixels a side."
-            )
+            raise UserError(f"{self} cannot be drawn; give at least one scene of each kind and 16 pixels a side.")
 
 
 @dataclass(frozen=True)
@@ -86,7 +84,7 @@ class ShapesDataModule(ImageTextShards):
     def __init__(
         self,
         *,
-        root: str = "data/shapes",
+        root: str = "data/shapes/generated",
         num_train: int = 20_000,
         num_val: int = 1_000,
         num_test: int = 20,
@@ -144,9 +142,7 @@ def generate_shapes(root: Path, parameters: ShapesParameters, *, processes: int 
     if _is_drawn(root, parameters):
         return False
     if root.exists() and not (root / "shapes.json").is_file() and (not root.is_dir() or any(root.iterdir())):
-        raise UserError(
-            f"{root} holds something other than generated shapes; choose another root or empty it."
-        )
+        raise UserError(f"{root} holds something other than generated shapes; choose another root or empty it.")
     root.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f".{root.name}.", dir=root.parent) as scratch:
         _write_all(Path(scratch) / "new", parameters, processes)

@@ -37,9 +37,7 @@ def expand_shards(spec: str | Sequence[str]) -> list[str]:
     named = [shard for part in parts for shard in _expand_part(part)]
     shards = [shard for shard in dict.fromkeys(named) if _successes(shard) != 0]
     if not shards:
-        raise UserError(
-            f"All {len(named)} shards of {spec!r} are empty by their _stats.json; download them again."
-        )
+        raise UserError(f"All {len(named)} shards of {spec!r} are empty by their _stats.json; download them again.")
     return shards
 
 
@@ -93,9 +91,7 @@ def _expand_local(path: Path, part: str) -> list[str]:
     else:
         return [text]
     if not found:
-        raise UserError(
-            f"No shards are at {part!r}, which should be {wanted}; correct the path or download the data."
-        )
+        raise UserError(f"No shards are at {part!r}, which should be {wanted}; correct the path or download the data.")
     return sorted(found)
 
 

@@ -159,9 +159,7 @@ class ShardStream(IterableDataset[tuple[int, int, Any]], Generic[Raw, Sample]):
         self._skipped[CAUSES.index(cause)] += 1
 
     def _nothing_usable(self) -> str:
-        counts = ", ".join(
-            f"{cause}: {n}" for cause, n in zip(CAUSES, self._skipped.tolist(), strict=True) if n
-        )
+        counts = ", ".join(f"{cause}: {n}" for cause, n in zip(CAUSES, self._skipped.tolist(), strict=True) if n)
         return (
             f"No sample of {len(self.shards)} shards beginning with {self.shards[0]!r} could be used "
             f"({counts or 'none has both image and caption'}); check how the shards were written."

@@ -42,9 +42,7 @@ def train_transform(
     """
     low, high = scale
     if not 0 < low <= high <= 1:
-        raise UserError(
-            f"The crop scale is {list(scale)}; give two shares of the area, 0 < low <= high <= 1."
-        )
+        raise UserError(f"The crop scale is {list(scale)}; give two shares of the area, 0 < low <= high <= 1.")
     return TrainTransform(_height_width(image_size), (float(low), float(high)), flip)
 
 
@@ -55,9 +53,7 @@ def eval_transform(image_size: int | tuple[int, int], *, resize_mode: str = "sho
         UserError: If a size is not positive or ``resize_mode`` is none of shortest, longest, squash.
     """
     if resize_mode not in get_args(ResizeMode):
-        raise UserError(
-            f"The resize mode is {resize_mode!r}; choose one of {', '.join(get_args(ResizeMode))}."
-        )
+        raise UserError(f"The resize mode is {resize_mode!r}; choose one of {', '.join(get_args(ResizeMode))}.")
     return EvalTransform(_height_width(image_size), resize_mode)
 
 
@@ -136,9 +132,7 @@ def to_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(np.asarray(image).transpose(2, 0, 1), order="C"))
 
 
-def _random_box(
-    width: int, height: int, scale: tuple[float, float], draw: random.Random
-) -> tuple[int, int, int, int]:
+def _random_box(width: int, height: int, scale: tuple[float, float], draw: random.Random) -> tuple[int, int, int, int]:
     """A crop (left, top, right, bottom) of random area and aspect; centred if ten draws do not fit."""
     for _ in range(10):
         area = width * height * draw.uniform(*scale)
@@ -162,7 +156,5 @@ def _centre(have: int, want: int) -> int:
 def _height_width(image_size: int | tuple[int, int]) -> tuple[int, int]:
     pair = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
     if len(pair) != 2 or min(pair) < 1:
-        raise UserError(
-            f"The image size is {image_size}; give one positive number of pixels or (height, width)."
-        )
+        raise UserError(f"The image size is {image_size}; give one positive number of pixels or (height, width).")
     return int(pair[0]), int(pair[1])

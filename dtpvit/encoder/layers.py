@@ -11,7 +11,16 @@ from torch import Tensor, nn
 from dtpvit.encoder.ops.attention import packed_attention
 from dtpvit.encoder.tokens import Layout, Tokens
 
-__all__ = ["Attention", "Block", "DropPath", "Mlp", "PatchEmbed", "QuickGELU", "activation", "resize_position_embedding"]
+__all__ = [
+    "Attention",
+    "Block",
+    "DropPath",
+    "Mlp",
+    "PatchEmbed",
+    "QuickGELU",
+    "activation",
+    "resize_position_embedding",
+]
 
 
 class QuickGELU(nn.Module):

@@ -1,6 +1,7 @@
 """Published sizes, flat numbers only.
 
-Names are timm's: ``vit_{size}_patch{patch}_{image}`` and, for the trunks of CLIP, ``vit_{size}_patch{patch}_clip_{image}``.
+Names are timm's: ``vit_{size}_patch{patch}_{image}`` and, for the trunks of CLIP,
+``vit_{size}_patch{patch}_clip_{image}``.
 """
 
 from __future__ import annotations

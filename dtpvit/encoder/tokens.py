@@ -80,7 +80,7 @@ class Layout:
 
     @cached_property
     def padded(self) -> Tensor:
-        """Packed position behind each cell of a (B, longest) grid; padding repeats the last token, shape (B * longest,)."""
+        """Packed position behind each cell of a (B, longest) grid; padding repeats the last token."""
         column = torch.arange(self.longest, device=self.lengths.device)
         inside = torch.minimum(column, self.lengths[:, None] - 1)
         return (self.first[:, None] + inside).reshape(-1)

@@ -217,6 +217,12 @@ class VisionEncoder(nn.Module):
             tokens = self._run(self.blocks[earlier], tokens)
         raise ValueError(f"no reducer precedes block {index}")
 
+    def after_backward(self) -> None:
+        """To be called once a training step's gradients are complete, before the optimizer's step."""
+        for reducer in self.reducers.values():
+            assert isinstance(reducer, TokenReducer)
+            reducer.after_backward()
+
     def read_out(self, tokens: Tokens) -> Tensor:
         """One vector an image from normed tokens, shape (B, D)."""
         layout = tokens.layout

@@ -67,9 +67,7 @@ def image_cost(trunk: VisionEncoder, layouts: tuple[Layout, ...], embed_dim: int
         assert isinstance(block, Block)
         blocks += _block_macs(block, lengths)
         before = lengths
-    return ImageCost(
-        torch.full_like(first, patch), blocks, reducers, torch.full_like(first, trunk.dim * embed_dim)
-    )
+    return ImageCost(torch.full_like(first, patch), blocks, reducers, torch.full_like(first, trunk.dim * embed_dim))
 
 
 def image_macs(trunk: VisionEncoder, encoding: Encoding, embed_dim: int = 0) -> Tensor:

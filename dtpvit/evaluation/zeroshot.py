@@ -77,12 +77,8 @@ def zeroshot(
     encoder = loaded.model.to(place)
     columns = index.class_indices or list(range(len(names)))
     chosen = [names[column] for column in columns]
-    part = build_classifier(
-        encoder, loaded.tokenize, chosen, prompts, device=place, precision=precision, progress=True
-    )
-    classifier = part.new_zeros(len(part), len(names)).index_copy(
-        1, torch.tensor(columns, device=place), part
-    )
+    part = build_classifier(encoder, loaded.tokenize, chosen, prompts, device=place, precision=precision, progress=True)
+    classifier = part.new_zeros(len(part), len(names)).index_copy(1, torch.tensor(columns, device=place), part)
     result = evaluate(
         encoder,
         loader,
@@ -138,9 +134,7 @@ def _summary(result: ZeroShotResult, name: str, data: str, how: str, broken: lis
     lines.append(("mean per class", f"{result.mean_per_class_recall:7.2%}"))
     if result.tokens is not None:
         tokens = result.tokens
-        lines.append(
-            ("tokens/image", f"{tokens.mean:6.1f} ± {tokens.std:.1f}   ({tokens.min} to {tokens.max})")
-        )
+        lines.append(("tokens/image", f"{tokens.mean:6.1f} ± {tokens.std:.1f}   ({tokens.min} to {tokens.max})"))
     if result.gmacs_per_image is not None and result.gmacs_dense is not None:
         share = result.gmacs_per_image / result.gmacs_dense
         cost = f"{result.gmacs_per_image:6.2f}   ({share:.0%} of {result.gmacs_dense:.2f} dense)"
@@ -229,7 +223,5 @@ def _device(name: str) -> torch.device:
         device = torch.device(chosen)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:  # AssertionError: this torch was built without CUDA
-        raise UserError(
-            f"The device {name!r} cannot be used here: pass auto, cpu, or one that is."
-        ) from error
+        raise UserError(f"The device {name!r} cannot be used here: pass auto, cpu, or one that is.") from error
     return device

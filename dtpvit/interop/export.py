@@ -18,7 +18,7 @@ __all__ = ["export"]
 
 
 def export(checkpoint: str, out: str, model: str | None = None) -> None:
-    """Write a folder that ``open_clip.create_model_and_transforms("local-dir:FOLDER")`` loads (after ``import dtpvit``).
+    """Write a folder that open_clip loads under ``local-dir:FOLDER``, after ``import dtpvit``.
 
     Args:
         checkpoint: A checkpoint of ``dtpvit fit``, or the weights alone together with ``model``.

@@ -41,7 +41,7 @@ NAMES: tuple[str, ...] = tuple(
 
 
 def trunk_config(trunk: str) -> dict[str, Any]:
-    """Vision config behind a timm model name of ours, ``dtp_vit_base_patch32_clip_224_10x`` or ``dtp_vit.{quoted json}``.
+    """Vision config behind a timm name of ours: ``dtp_vit_base_patch32_clip_224_10x`` or ``dtp_vit.{quoted json}``.
 
     Raises:
         UserError: If the name is not one of ours.

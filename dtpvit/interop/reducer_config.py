@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from dtpvit.encoder import reducers as built_in
 from dtpvit.encoder.reducers import TokenReducer
@@ -34,8 +34,10 @@ def _block(key: Any) -> int:
 
 
 def _maker(entry: Any) -> TokenReducer | ReducerMaker:
-    if isinstance(entry, TokenReducer) or (callable(entry) and not isinstance(entry, Mapping)):
+    if isinstance(entry, TokenReducer):
         return entry
+    if callable(entry):
+        return cast(ReducerMaker, entry)
     if not isinstance(entry, Mapping) or "class_path" not in entry:
         raise UserError(f"a reducer is given as {entry!r}; expected class_path and, where needed, init_args")
     unknown = set(entry) - {"class_path", "init_args"}

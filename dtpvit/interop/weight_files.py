@@ -35,7 +35,11 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, zipfile.BadZipFile, OSError) as error:
         # torch's own message advises to switch the safety off.
-        what = "holds more than tensors and plain values" if "weights_only" in str(error) else "is damaged or no checkpoint"
+        what = (
+            "holds more than tensors and plain values"
+            if "weights_only" in str(error)
+            else "is damaged or no checkpoint"
+        )
         raise UserError(f"checkpoint {path} {what}; expected a whole file of weights") from error
     except Exception as error:  # safetensors raises its own type, which its stubs do not export
         raise UserError(f"checkpoint {path} is damaged ({error}); expected a whole file of weights") from error

@@ -12,7 +12,7 @@ import lightning
 import torch
 from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD, ClipLoss
 from open_clip.loss import SigLipLoss
-from timm.optim import create_optimizer_v2
+from timm.optim._optim_factory import create_optimizer_v2
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
@@ -34,8 +34,8 @@ logger = logging.getLogger(__name__)
 class Contrastive(lightning.LightningModule):
     """Trains a dual encoder on image-text pairs; validates by zero-shot classification and retrieval.
 
-    The loss is open_clip's: softmax over the batch (Radford et al. 2021), or, for models with a logit bias, sigmoid over
-    pairs (Zhai et al., "Sigmoid Loss for Language Image Pre-Training", 2023).
+    The loss is open_clip's: softmax over the batch (Radford et al. 2021), or, for models with a logit bias, sigmoid
+    over pairs (Zhai et al., "Sigmoid Loss for Language Image Pre-Training", 2023).
 
     Args:
         model: A name such as ``DTP-ViT-B-32-10x``, or a config (:mod:`dtpvit.interop.model_config`).
@@ -56,6 +56,9 @@ class Contrastive(lightning.LightningModule):
     Raises:
         UserError: If the model does not build or an argument does not fit.
     """
+
+    pixel_mean: Tensor
+    pixel_std: Tensor
 
     def __init__(
         self,
@@ -101,7 +104,7 @@ class Contrastive(lightning.LightningModule):
 
     def normalise(self, images: Tensor) -> Tensor:
         """uint8 images, shape (B, 3, H, W), to what the model takes."""
-        return (images.to(self.pixel_mean.dtype) - self.pixel_mean) / self.pixel_std
+        return (images.to(self.pixel_mean) - self.pixel_mean) / self.pixel_std
 
     def setup(self, stage: str) -> None:
         if stage != "fit":
@@ -168,7 +171,7 @@ class Contrastive(lightning.LightningModule):
             batch["seed"] = torch.randint(1 << 62, (len(batch["image"]),)).to(self.device)
         size = math.ceil(len(batch["image"]) / pieces)
         split = {name: value.split(size) for name, value in batch.items()}
-        micro = [dict(zip(split, values, strict=True)) for values in zip(*split.values(), strict=True)]
+        micro: list[Batch] = [dict(zip(split, values, strict=True)) for values in zip(*split.values(), strict=True)]
         images = [self.normalise(piece["image"]) for piece in micro]
         thresholds = joint_thresholds(self.model.visual.trunk, images, [piece["seed"] for piece in micro])
         self._cached = CachedStep(micro, self._features, thresholds)
@@ -184,6 +187,7 @@ class Contrastive(lightning.LightningModule):
                 average_gradients(self)
 
     def on_after_backward(self) -> None:
+        self.model.visual.trunk.after_backward()
         if self.trainer.precision != "16-mixed":  # there the gradient scaler skips such steps itself
             self.guard.after_backward(self._last_loss, self.parameters())
             if self.guard.skipped:
@@ -212,7 +216,8 @@ class Contrastive(lightning.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         for name, value in self.validation.results().items():
-            self.log(f"val/{name}", value, prog_bar=name in ("zeroshot_acc1", "text_retrieval_recall@1"))
+            shown = name in ("zeroshot_acc1", "text_retrieval_recall@1")
+            self.log(f"val/{name}", value, prog_bar=shown, add_dataloader_idx=False)
 
     on_test_epoch_start = on_validation_epoch_start
     on_test_epoch_end = on_validation_epoch_end
@@ -230,7 +235,11 @@ class Contrastive(lightning.LightningModule):
         options = self.hparams
         groups = decay_groups(self.named_parameters(), options["weight_decay"])
         optimizer = create_optimizer_v2(
-            groups, opt=options["optimizer"], lr=options["learning_rate"], betas=tuple(options["betas"]), eps=options["eps"]
+            groups,
+            opt=options["optimizer"],
+            lr=options["learning_rate"],
+            betas=tuple(options["betas"]),
+            eps=options["eps"],
         )
         total = int(self.trainer.estimated_stepping_batches)
         warmup = min(options["warmup_steps"], total)

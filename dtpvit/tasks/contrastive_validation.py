@@ -26,13 +26,13 @@ class ContrastiveValidation(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.acc1, self.acc5 = MeanMetric(), MeanMetric()
-        self.tokens, self.rate = MeanMetric(), MeanMetric()
+        self.tokens, self.rate, self.zeroshot_tokens = MeanMetric(), MeanMetric(), MeanMetric()
         self._classifier: Tensor | None = None
         self._pairs: list[tuple[Tensor, Tensor]] = []
 
     def start(self, task: Contrastive) -> None:
         """Forget the last pass and encode the class prompts with the weights of now."""
-        for metric in (self.acc1, self.acc5, self.tokens, self.rate):
+        for metric in (self.acc1, self.acc5, self.tokens, self.rate, self.zeroshot_tokens):
             metric.reset()
         self._pairs.clear()
         prompts: tuple[list[str], list[Callable[[str], str]]] | None
@@ -46,27 +46,27 @@ class ContrastiveValidation(nn.Module):
         """Take in a batch of pairs or of labelled images."""
         image, encoding = task.model.visual.encode(task.normalise(batch["image"]))
         lengths = encoding.tokens.lengths.to(torch.float32)
-        patches = encoding.tokens.patches.lengths.to(torch.float32)
-        self.tokens.update(lengths)
-        self.rate.update((lengths - encoding.tokens.num_prefix) / patches)
         if "text" in batch:
+            self.tokens.update(lengths)
+            self.rate.update((lengths - encoding.tokens.num_prefix) / encoding.tokens.patches.lengths)
             text = task.model.encode_text(batch["text"], normalize=True)
             self._pairs.append((normalize(image.float(), dim=-1), text.float()))
         elif self._classifier is not None:
             ranks = label_ranks(image, self._classifier, batch["label"])
+            self.zeroshot_tokens.update(lengths)
             self.acc1.update((ranks < 1).to(torch.float32))
             self.acc5.update((ranks < 5).to(torch.float32))
 
     def results(self) -> dict[str, float | Tensor]:
         """All figures of the pass, the same on all ranks."""
         found: dict[str, float | Tensor] = {}
-        found["tokens"] = self.tokens.compute()
-        found["boundary_rate"] = self.rate.compute()
         if self._pairs:
+            found["tokens"], found["boundary_rate"] = self.tokens.compute(), self.rate.compute()
             image, text = (gather_columns(torch.cat(side).T).T for side in zip(*self._pairs, strict=True))
             places = torch.arange(len(image), device=image.device)
             found |= recall_at_k(image, text, torch.stack((places, places), dim=1))
             self._pairs.clear()
         if self._classifier is not None:
             found["zeroshot_acc1"], found["zeroshot_acc5"] = self.acc1.compute(), self.acc5.compute()
+            found["zeroshot_tokens"] = self.zeroshot_tokens.compute()
         return found

@@ -81,9 +81,7 @@ def test_validation_is_the_same_in_every_epoch(tmp_path):
     parts = {f"{i}": {"jpg": jpeg(i), "txt": b"caption 9", "json": meta} for i in range(8)}
     for split in ("train", "val"):
         write_tar(tmp_path / split / "0.tar", parts)
-    data = ImageTextShards(
-        train=str(tmp_path / "train"), val=str(tmp_path / "val"), batch_size=8, num_workers=0
-    )
+    data = ImageTextShards(train=str(tmp_path / "train"), val=str(tmp_path / "val"), batch_size=8, num_workers=0)
     model = Model()
     trainer(max_epochs=3).fit(model, data)
     captions = [batch["text"][:, 0].tolist() for batch in model.trained]

@@ -56,9 +56,7 @@ def make_shards(root: Path, labels: list[int], per_shard: int = 3) -> Path:
 
 def load(data: Path | str, **settings) -> tuple[list[int], list[int]]:
     """Colours and labels of all batches."""
-    batches = list(
-        labelled_loader(str(data), **{"image_size": (4, 4), "batch_size": 4, "num_workers": 0} | settings)
-    )
+    batches = list(labelled_loader(str(data), **{"image_size": (4, 4), "batch_size": 4, "num_workers": 0} | settings))
     return [c for b in batches for c in colours(b)], [int(x) for b in batches for x in b["label"]]
 
 
@@ -82,9 +80,7 @@ def test_a_missing_or_unknown_imagenet_folder_is_refused(imagenet, tmp_path):
     for folder in imagenet.iterdir():
         if folder.name != WNIDS[3]:
             (tmp_path / folder.name).symlink_to(folder)
-    with pytest.raises(
-        UserError, match=rf"999 of the 1000 class folders of labels=imagenet, without {WNIDS[3]}"
-    ):
+    with pytest.raises(UserError, match=rf"999 of the 1000 class folders of labels=imagenet, without {WNIDS[3]}"):
         index_labelled(str(tmp_path))
     make_folders(tmp_path, ["n99999999"])
     with pytest.raises(UserError, match="1 that are not among them, such as n99999999"):
@@ -265,21 +261,13 @@ def test_impossible_settings_are_refused(tmp_path, settings, found):
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
 def test_ranks_share_the_images_without_repeats(tmp_path, world_size):
     root = make_shards(tmp_path, [i % 3 for i in range(7)])
-    parts = [
-        load(root, classnames=list("abc"), rank=rank, world_size=world_size) for rank in range(world_size)
-    ]
-    assert sorted(pair for part in parts for pair in zip(*part, strict=True)) == [
-        (i, i % 3) for i in range(7)
-    ]
+    parts = [load(root, classnames=list("abc"), rank=rank, world_size=world_size) for rank in range(world_size)]
+    assert sorted(pair for part in parts for pair in zip(*part, strict=True)) == [(i, i % 3) for i in range(7)]
 
 
 def test_workers_change_nothing(tmp_path):
     root = make_folders(tmp_path, ["a", "b", "c"], images=5)
-    assert (
-        load(root, num_workers=2)
-        == load(root, num_workers=0)
-        == (list(range(15)), [0] * 5 + [1] * 5 + [2] * 5)
-    )
+    assert load(root, num_workers=2) == load(root, num_workers=0) == (list(range(15)), [0] * 5 + [1] * 5 + [2] * 5)
 
 
 def test_a_limit_keeps_the_share_of_each_class(tmp_path):
@@ -342,7 +330,4 @@ def test_real_class_folders_follow_the_given_names(shared_data):
     index = index_labelled(str(root), classnames=["Tulips", "sunflowers", "roses", "dandelion", "daisy"])
     assert len(index.samples) == 375
     for sample in index.samples:
-        assert (
-            Path(sample.path).parent.name
-            == ["tulips", "sunflowers", "roses", "dandelion", "daisy"][sample.label]
-        )
+        assert Path(sample.path).parent.name == ["tulips", "sunflowers", "roses", "dandelion", "daisy"][sample.label]

@@ -84,9 +84,7 @@ def test_evaluation_gives_every_sample_once(tmp_path, counts, world_size, num_wo
 )
 def test_a_training_epoch_gives_every_sample_once(tmp_path, counts, world_size, num_workers):
     shards = write_shards(tmp_path, counts)
-    loaders = [
-        make(shards, num_workers=num_workers, rank=rank, world_size=world_size) for rank in range(world_size)
-    ]
+    loaders = [make(shards, num_workers=num_workers, rank=rank, world_size=world_size) for rank in range(world_size)]
     orders = []
     for epoch in range(2):
         found = []
@@ -134,9 +132,7 @@ def test_every_epoch_crops_and_seeds_anew_but_repeatably(tmp_path):
         for num_workers in (0, 2):
             loader = make(shards, num_workers=num_workers)
             loader.set_epoch(epoch)
-            images = {
-                int(row[0]): image for b in loader for row, image in zip(b["text"], b["image"], strict=True)
-            }
+            images = {int(row[0]): image for b in loader for row, image in zip(b["text"], b["image"], strict=True)}
             by_epoch.append(torch.stack([images[number] for number in range(8)]))
     assert torch.equal(by_epoch[0], by_epoch[1]) and torch.equal(by_epoch[2], by_epoch[3])
     assert not torch.equal(by_epoch[0], by_epoch[2])
@@ -306,9 +302,7 @@ def fit(folder, shards, num_workers, epochs=3, ckpt=None, **options):
 def test_lightning_resumes_exactly_wherever_it_was_killed(tmp_path, num_workers):
     """Five steps an epoch; killed in mid-epoch, after its last step, in validation, at the epoch's end."""
     shards = write_shards(tmp_path / "data", [9, 5, 6], broken=(4, 11))
-    every = ModelCheckpoint(
-        dirpath=tmp_path / "runs", filename="{step}", every_n_train_steps=1, save_top_k=-1
-    )
+    every = ModelCheckpoint(dirpath=tmp_path / "runs", filename="{step}", every_n_train_steps=1, save_top_k=-1)
     whole = fit(tmp_path, shards, num_workers, callbacks=[every, Save(tmp_path / "runs")])
     assert [step[:3] for step in whole.steps] == [(i // 5, i % 5, i) for i in range(15)]
     assert len({tuple(step[3]) for step in whole.steps}) == 15

@@ -70,9 +70,7 @@ def test_templates_from_a_file_can_be_pickled(tmp_path):
     assert pickle.loads(pickle.dumps(load_templates(str(file))))[0]("newt") == "a newt"
 
 
-@pytest.mark.parametrize(
-    ("content", "found"), [("a {c}\na photo of {name}\n", "line 2"), ("\n", "holds no templates")]
-)
+@pytest.mark.parametrize(("content", "found"), [("a {c}\na photo of {name}\n", "line 2"), ("\n", "holds no templates")])
 def test_a_template_file_without_placeholders_is_refused(tmp_path, content, found):
     file = tmp_path / "templates.txt"
     file.write_text(content)

@@ -170,9 +170,7 @@ def test_decompression_bombs_are_refused(monkeypatch):
 
 
 def test_large_jpegs_are_decoded_small_but_no_smaller_than_asked():
-    data = encoded(
-        Image.open(io.BytesIO(jpeg(1))).resize((900, 700), Image.Resampling.BICUBIC), "JPEG", quality=95
-    )
+    data = encoded(Image.open(io.BytesIO(jpeg(1))).resize((900, 700), Image.Resampling.BICUBIC), "JPEG", quality=95)
     assert decode_image(data).size == (900, 700)
     assert decode_image(data, 700).size == (900, 700)
     assert decode_image(data, 350).size == (450, 350)
@@ -183,12 +181,7 @@ def test_large_jpegs_are_decoded_small_but_no_smaller_than_asked():
 
 
 def test_seeds_are_62_bits_of_key_epoch_and_run():
-    seeds = [
-        sample_seed(f"set/00000/{key}", epoch, run)
-        for key in range(40)
-        for epoch in range(5)
-        for run in range(5)
-    ]
+    seeds = [sample_seed(f"set/00000/{key}", epoch, run) for key in range(40) for epoch in range(5) for run in range(5)]
     assert len(set(seeds)) == 1000 and 0 <= min(seeds) and 2**61 < max(seeds) < 2**62
     assert sample_seed("flickr/00000/1", 3, 0) == 1159112440550966962  # must never change: runs resume by it
 
@@ -253,6 +246,4 @@ def test_batches_are_collated_and_captions_tokenised_once(tmp_path):
     for got in (batch, again):
         assert got["text"][:, 0].tolist() == [0, 1, 2, 0, 1, 2] and got["text"].dtype == torch.int64
         assert got["image"].shape == (6, 3, 8, 6) and got["image"].dtype == torch.uint8
-        assert (
-            got["seed"].tolist() == [sample.seed for sample in decoded] and got["seed"].unique().numel() == 6
-        )
+        assert got["seed"].tolist() == [sample.seed for sample in decoded] and got["seed"].unique().numel() == 6

@@ -105,9 +105,7 @@ def _check_relation(text, shapes):
     for word, (axis, sign) in signs.items():
         if f" {word} " not in text:
             continue
-        first, second = (
-            [p for p in shapes if f"{p.colour} {p.shape}" in half] for half in text.split(f" {word} ")
-        )
+        first, second = ([p for p in shapes if f"{p.colour} {p.shape}" in half] for half in text.split(f" {word} "))
         assert any(sign * (getattr(b, axis) - getattr(a, axis)) > 0 for a in first for b in second), text
 
 
@@ -117,9 +115,7 @@ def test_shapes_stand_off_from_their_ground_and_from_each_other():
         pixels = np.asarray(scene.image).astype(float)
         corners = [pixels[0, 0], pixels[0, -1], pixels[-1, 0], pixels[-1, -1]]
         for placed in scene.shapes:
-            assert (
-                placed.radius < placed.x < 1 - placed.radius and placed.radius < placed.y < 1 - placed.radius
-            )
+            assert placed.radius < placed.x < 1 - placed.radius and placed.radius < placed.y < 1 - placed.radius
             for other in scene.shapes:
                 gap = np.hypot(placed.x - other.x, placed.y - other.y)
                 assert placed is other or gap > placed.radius + other.radius
@@ -168,9 +164,7 @@ def test_somebody_elses_folder_is_left_alone(tmp_path):
 def test_an_interrupted_drawing_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr("dtpvit.datamodules.shapes._write_lines", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        generate_shapes(
-            tmp_path / "shapes", ShapesParameters(num_train=8, num_val=1, num_test=1, side=16), processes=1
-        )
+        generate_shapes(tmp_path / "shapes", ShapesParameters(num_train=8, num_val=1, num_test=1, side=16), processes=1)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -188,6 +182,5 @@ def test_the_data_module_draws_and_loads(tmp_path):
     assert sum(len(batch["label"]) for batch in images) == len(SEEN)
     names, templates = data.zeroshot_prompts
     assert (
-        names[0] == "red circle"
-        and [template("red circle") for template in templates][1] == "a photo of a red circle"
+        names[0] == "red circle" and [template("red circle") for template in templates][1] == "a photo of a red circle"
     )

@@ -32,9 +32,7 @@ def test_an_unsure_predictor_keeps_its_rate_at_evaluation():
     reducer = DynamicPooling(16, compression=4, rate="binomial")
 
     def draw():
-        return Tokens.from_dense(
-            torch.randn(64, 65, 16), num_prefix=1, grid=(8, 8), seed=torch.randint(1 << 62, (64,))
-        )
+        return Tokens.from_dense(torch.randn(64, 65, 16), num_prefix=1, grid=(8, 8), seed=torch.randint(1 << 62, (64,)))
 
     for _ in range(3):
         reducer.train()(draw(), Evidence())

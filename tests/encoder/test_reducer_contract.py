@@ -8,7 +8,7 @@ import torch
 from dtpvit.encoder import Layout, Tokens, VisionEncoder
 from dtpvit.encoder.reducers import DynamicPooling, Evidence, FixedStride, GridPooling, RandomBoundaries
 
-D, GRID, PREFIX = 24, (6, 5), 1
+D, GRID, PREFIX = 96, (6, 5), 1
 
 
 def dynamic(**options):

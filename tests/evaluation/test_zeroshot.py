@@ -144,9 +144,7 @@ def test_accuracies_equal_those_of_open_clips_own_pipeline(clip, photographs):
     files = sorted(photographs.glob("*/*.png"))
     labels = torch.tensor([int(file.parent.name[-1]) for file in files])
     with torch.no_grad():
-        features = model.encode_image(
-            torch.stack([transform(Image.open(file)) for file in files]), normalize=True
-        )
+        features = model.encode_image(torch.stack([transform(Image.open(file)) for file in files]), normalize=True)
         order = (100 * features @ classifier).topk(5).indices
     hit1, hit5 = order[:, 0] == labels, (order == labels[:, None]).any(1)
     result = evaluate(model, loader_of(photographs), classifier, device="cpu", mean=MEAN, std=STD)
@@ -220,9 +218,7 @@ def test_only_the_permitted_classes_compete(clip, photographs):
 def test_with_few_classes_the_first_five_are_all_of_them(clip, photographs, tmp_path):
     for label in range(3):
         (tmp_path / f"class_{label}").symlink_to(photographs / f"class_{label}")
-    result = evaluate(
-        clip[0], loader_of(tmp_path), classifier_of(clip)[:, :3], device="cpu", mean=MEAN, std=STD
-    )
+    result = evaluate(clip[0], loader_of(tmp_path), classifier_of(clip)[:, :3], device="cpu", mean=MEAN, std=STD)
     assert (result.acc5, result.num_classes) == (1, 3)
     assert result.acc1 < 1
 
@@ -317,9 +313,7 @@ def test_the_command_reports_what_its_parts_measure(photographs, checkpoint, tmp
 
     loaded = load_clip(checkpoint=checkpoint)
     names = [f"class {label}" for label in range(6)]
-    classifier = open_clip.build_zero_shot_classifier(
-        loaded.model, loaded.tokenize, names, load_templates("simple")
-    )
+    classifier = open_clip.build_zero_shot_classifier(loaded.model, loaded.tokenize, names, load_templates("simple"))
     transform = open_clip.image_transform(32, is_train=False, mean=loaded.mean, std=loaded.std)
     files = sorted(photographs.glob("*/*.png"))
     labels = torch.tensor([int(file.parent.name[-1]) for file in files])
@@ -332,12 +326,7 @@ def test_the_command_reports_what_its_parts_measure(photographs, checkpoint, tmp
     assert record["metrics"]["acc1"] == pytest.approx(hits.double().mean().item())
     assert record["tokens_per_image"]["mean"] == pytest.approx(lengths.mean().item())
     assert record["tokens_per_image"]["std"] == pytest.approx(lengths.std(correction=0).item())
-    assert (
-        record["tokens_per_image"]["min"]
-        == lengths.min()
-        < lengths.max()
-        == record["tokens_per_image"]["max"]
-    )
+    assert record["tokens_per_image"]["min"] == lengths.min() < lengths.max() == record["tokens_per_image"]["max"]
     macs = image_macs(loaded.model.visual.trunk, encoding, 32)
     assert record["gmacs_per_image"] == pytest.approx(macs.mean().item() / 1e9)
     assert record["gmacs_per_image"] < record["gmacs_dense"]
@@ -355,9 +344,7 @@ def test_the_command_reports_what_its_parts_measure(photographs, checkpoint, tmp
     assert f"{lengths.mean():.1f} ± {lengths.std(correction=0):.1f}" in printed
 
 
-def test_the_command_gives_the_same_in_any_batch_size_and_as_an_exported_folder(
-    photographs, checkpoint, tmp_path
-):
+def test_the_command_gives_the_same_in_any_batch_size_and_as_an_exported_folder(photographs, checkpoint, tmp_path):
     output = tmp_path / "result.json"
     records = [run(photographs, checkpoint, output, batch_size=size) for size in (1, 7, 60)]
     export(str(checkpoint), str(tmp_path / "exported"))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -97,9 +98,7 @@ def _mask(bias: Tensor, q: Tensor) -> Tensor:
 
 def _padded(q: Tensor, k: Tensor, v: Tensor, layout: Layout, key_bias: Tensor | None, causal: bool) -> Tensor:
     shape = (layout.batch, layout.longest)
-    q, k, v = (
-        take_rows(x, layout.padded, layout.unpadded).unflatten(0, shape).transpose(1, 2) for x in (q, k, v)
-    )
+    q, k, v = (take_rows(x, layout.padded, layout.unpadded).unflatten(0, shape).transpose(1, 2) for x in (q, k, v))
     if causal:
         # Padding lies behind every real token, so the causal mask alone hides it.
         out = scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -114,12 +113,12 @@ class _Unpad(torch.autograd.Function):
     """Keep the real rows of a padded batch; the gradient of padding is zero."""
 
     @staticmethod
-    def forward(ctx, rows: Tensor, unpadded: Tensor, padded: Tensor, padding: Tensor) -> Tensor:  # noqa: ANN001
+    def forward(ctx: Any, rows: Tensor, unpadded: Tensor, padded: Tensor, padding: Tensor) -> Tensor:
         ctx.save_for_backward(padded, padding)
         return rows.index_select(0, unpadded)
 
     @staticmethod
-    def backward(ctx, *grads: Tensor) -> tuple[Tensor, None, None, None]:  # noqa: ANN001
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         padded, padding = ctx.saved_tensors
         grad = grads[0].index_select(0, padded)
         return grad.masked_fill_(padding.view(-1, 1, 1), 0.0), None, None, None
@@ -157,5 +156,5 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, layout: Layout, key_bias: Tensor | 
     if causal:
         options.update({"is_causal": True} if "is_causal" in known else {"window_size": (-1, 0)})
     borders, longest = layout.cumulative, layout.longest
-    out = varlen_attn(q, k, v, borders, borders, longest, longest, **options)  # pyright: ignore
+    out: Any = varlen_attn(q, k, v, borders, borders, longest, longest, **options)  # pyright: ignore
     return out[..., :dim]

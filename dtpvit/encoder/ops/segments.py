@@ -109,8 +109,7 @@ def symmetric_vote(pull: Tensor, grad: Tensor, pooled: Tensor, segments: Segment
     Splitting a mean-pooled segment under size-proportional attention changes the loss by nothing at first order, so
     the sign of :func:`dtp_vote` says little. Here every place votes for a boundary, by |<g_s, mean of what follows -
     p_s>| where there is none and by |<g_{s-1}, p_{s-1} - m>| + |<g_s, p_s - m>|, m the mean of the two segments,
-    where there is one. Only relative size matters, so the mean vote is subtracted and the rate stays the rate
-    control's business.
+    where there is one. Only relative size matters: how many boundaries there are is the rate control's business.
     """
     vote = _before(pull, segments).abs()
     share = segments.total.to(pooled.dtype)
@@ -118,9 +117,7 @@ def symmetric_vote(pull: Tensor, grad: Tensor, pooled: Tensor, segments: Segment
     gap = pooled[1:] - pooled[:-1]
     apart = (grad[:-1] * gap).sum(1).abs() * share + (grad[1:] * gap).sum(1).abs() * (1 - share)
     vote = vote.index_copy(0, segments.begin[1:], apart.to(vote.dtype))
-    free = ~segments.opening
-    vote = vote.masked_fill(segments.opening, 0.0)
-    return -(vote - vote.sum() / free.sum().clamp(min=1)).masked_fill(segments.opening, 0.0)
+    return -vote.masked_fill(segments.opening, 0.0)
 
 
 ESTIMATORS: dict[str, Vote] = {"dtp": dtp_vote, "symmetric": symmetric_vote}

@@ -59,6 +59,9 @@ class TokenReducer(nn.Module, ABC):
     def forward(self, tokens: Tokens, evidence: Evidence) -> Reduction:
         """Reduce ``tokens``; must leave an image's result independent of its batch in evaluation mode."""
 
+    def after_backward(self) -> None:
+        """End a training step, on all ranks together, once its gradients are complete."""
+
     def macs(self, tokens: Tensor, dim: int) -> Tensor:
         """Multiply-accumulates of the decision, beside the averages themselves.
 

@@ -25,7 +25,7 @@ class BoundaryCalibration(FullPrecision):
     boundary_share: Tensor
     boundary_threshold: Tensor
 
-    def __init__(self, *, window: int = 32, resolution: int = 256) -> None:
+    def __init__(self, *, window: int = 8, resolution: int = 512) -> None:
         super().__init__()
         self.register_buffer("boundary_window", torch.full((window, resolution), float("nan")))
         self.register_buffer("boundary_share", torch.full((window,), float("nan")))

@@ -28,9 +28,7 @@ class FixedStride(BoundaryPooling):
         proportional: Size-proportional attention after pooling.
     """
 
-    def __init__(
-        self, dim: int, *, compression: float, order: Order = "raster", proportional: bool = True
-    ) -> None:
+    def __init__(self, dim: int, *, compression: float, order: Order = "raster", proportional: bool = True) -> None:
         super().__init__(compression, order=order, proportional=proportional)
 
     def forward(self, tokens: Tokens, evidence: Evidence) -> Reduction:

@@ -19,6 +19,7 @@ from dtpvit.encoder.ops.boundaries import (
 from dtpvit.encoder.ops.collectives import gather_columns
 from dtpvit.encoder.ops.noise import logistic_noise
 from dtpvit.encoder.ops.rows import take_rows
+from dtpvit.encoder.reducers.baseline import GradientBaseline
 from dtpvit.encoder.reducers.base import Evidence, Reduction
 from dtpvit.encoder.reducers.boundary_pooling import BoundaryPooling
 from dtpvit.encoder.reducers.calibration import BoundaryCalibration
@@ -29,7 +30,7 @@ __all__ = ["DynamicPooling"]
 
 
 class DynamicPooling(BoundaryPooling):
-    """"Dynamic token pooling [...] allows for variable-size segments", here of an image's patches.
+    """ "Dynamic token pooling [...] allows for variable-size segments", here of an image's patches.
 
     Nawrot et al., "Efficient Transformers with Dynamic Token Pooling", ACL 2023, with the corrections that images
     need: the tail is a segment of its own, the task teaches the boundaries, evaluation is deterministic and an image's
@@ -90,6 +91,9 @@ class DynamicPooling(BoundaryPooling):
         self.boundary_predictor = ROUTERS[router](dim, initial_rate=None if rate == "quantile" else 1 / compression)
         self.fixed = budget == "fixed" or self.boundary_predictor.decides
         self.boundary_calibration = None if self.fixed else BoundaryCalibration()
+        # Both kinds of threshold follow the logits; only a rate loss holds them in place.
+        follows = (rate == "quantile" or self.fixed) and not self.boundary_predictor.decides
+        self.boundary_baseline = GradientBaseline() if follows else None
         self.boundary_null = nn.Parameter(torch.randn(1, dim)) if null_token else None
 
     def extra_repr(self) -> str:
@@ -104,6 +108,8 @@ class DynamicPooling(BoundaryPooling):
         with torch.autocast(tokens.features.device.type, enabled=False):
             logits = self.boundary_predictor(tokens, order, *self.segments_wanted(layout))
             scores = self._add_noise(logits, tokens)
+            if self.boundary_baseline is not None and scores.requires_grad:
+                scores = self.boundary_baseline(scores, ~layout.opening)
             hard, margin, joint = self._decide(logits, scores, layout, evidence)
             starts = hard if self.boundary_predictor.decides else straight_through(hard, margin, self.temperature)
             starts = torch.where(layout.opening, torch.ones_like(starts), starts)
@@ -144,6 +150,10 @@ class DynamicPooling(BoundaryPooling):
                 threshold = evidence.threshold
         margin = scores - threshold.to(scores)
         return (margin > 0).to(scores.dtype), margin, joint
+
+    def after_backward(self) -> None:
+        if self.boundary_baseline is not None:
+            self.boundary_baseline.settle()
 
     @torch.no_grad()
     def set_threshold(self, joint: Tensor, patches: int, images: int) -> Tensor:

@@ -1,0 +1,177 @@
+"""The contrastive task: gradients, accumulation, several processes, loss that is no number, checkpoints."""
+
+import copy
+import math
+import sys
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+
+import dtpvit
+from dtpvit.errors import UserError
+from dtpvit.tasks.contrastive import Contrastive
+from dtpvit.tasks.optimization import decay_groups
+
+sys.path.insert(0, str(Path(__file__).parent))
+import pairs
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning"),
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.*"),
+    pytest.mark.filterwarnings("ignore:.*litlogger.*"),
+]
+
+
+def load(folder, rank=0):
+    return torch.load(Path(folder) / f"rank{rank}.pt", weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Three steps of one process on the whole batch; the later ones know the baseline of the one before."""
+    folder = tmp_path_factory.mktemp("whole")
+    pairs.fit(pairs.task(), folder, max_steps=3)
+    return load(folder)
+
+
+def test_the_contrastive_loss_alone_teaches_every_boundary_parameter(whole):
+    names = [name for name in whole["grads"] if "boundary" in name]
+    assert len(names) == 5  # norm, fc1 with their biases, and the last layer, which has none
+    assert all(whole["grads"][name].any() for name in names)
+    assert set(whole["grads"]) == {name for name, _ in pairs.task().named_parameters()}
+    assert all(grad.isfinite().all() and grad.any() for grad in whole["grads"].values())
+
+
+@pytest.mark.parametrize("pieces", [2, 3])
+def test_accumulation_keeps_negatives_boundaries_loss_and_gradients(pieces, whole, tmp_path):
+    pairs.fit(pairs.task(accum_freq=pieces), tmp_path, max_steps=3)
+    check_same([load(tmp_path)], whole, first_pass=pieces)
+
+
+def test_accumulation_replays_stochastic_depth(tmp_path):
+    """With random branches both passes must drop the same ones: else the gradient is of another loss."""
+    config = pairs.config()
+    config["vision"]["drop_path"] = 0.5
+    model = pairs.task(model=config, accum_freq=3)
+    batch = pairs.batch()
+    model.loss = open_clip.ClipLoss()
+    model.train()
+    torch.manual_seed(5)
+    features = model._cached_features(batch, 3)
+    cached = model._cached
+    for micro, state, expected in zip(
+        cached.micro_batches, cached.states, cached.image.split(4), strict=True
+    ):
+        state.restore()
+        again = cached.forward(micro, cached.thresholds)
+        torch.testing.assert_close(again.image, expected)
+    assert features.image is cached.image
+
+
+@pytest.mark.parametrize("pieces", [1, 2])
+def test_two_processes_equal_one_on_the_joined_batch(pieces, whole, tmp_path):
+    several = {"devices": 2, "strategy": "ddp_spawn", "use_distributed_sampler": False}
+    pairs.fit(pairs.task(accum_freq=pieces), tmp_path, max_steps=3, **several)
+    check_same([load(tmp_path, rank) for rank in range(2)], whole, first_pass=pieces if pieces > 1 else 0)
+
+
+def check_same(ranks, whole, first_pass):
+    """Boundaries of all images, the mean loss and the averaged gradients equal those of one process."""
+    sources = []
+    for rank in ranks:  # with accumulation: scores, cached features, then features with a graph
+        sources += rank["sources"][first_pass : 2 * first_pass] if first_pass else rank["sources"]
+        torch.testing.assert_close(rank["threshold"], whole["threshold"], rtol=0, atol=1e-6)
+        assert whole["baseline"] != 0
+        scale = len(ranks)  # each rank's loss is a mean over its own rows
+        torch.testing.assert_close(rank["baseline"], scale * whole["baseline"], rtol=1e-4, atol=1e-9)
+        assert set(rank["grads"]) == set(whole["grads"])
+        for name, grad in rank["grads"].items():
+            torch.testing.assert_close(grad, whole["grads"][name], rtol=1e-4, atol=1e-6, msg=name)
+    assert torch.equal(torch.cat(sources), torch.cat(whole["sources"]))
+    loss = torch.stack([rank["loss"] for rank in ranks]).mean()
+    torch.testing.assert_close(loss, whole["loss"], rtol=1e-5, atol=1e-6)
+
+
+def test_a_step_without_a_finite_loss_changes_nothing_and_stops_after_some(tmp_path):
+    model = pairs.task(max_nonfinite=3, optimizer="adamw")
+    before = copy.deepcopy(model.state_dict())
+    model.guard.patience = 99
+    real = model._contrastive_loss
+    model._contrastive_loss = lambda image, text: real(image, text) * float("nan")
+    pairs.fit(model, tmp_path, max_steps=2)
+    after = model.state_dict()
+    assert model.guard.skipped == 2
+    assert all(torch.equal(after[n], before[n]) for n in after if "calibration" not in n)
+    model.guard.patience = 3
+    with pytest.raises(RuntimeError, match="3 steps in a row; lower the learning rate"):
+        pairs.fit(model, tmp_path, max_steps=5)
+
+
+def test_siglip_trains_its_bias(tmp_path):
+    model = pairs.task(model=pairs.config(init_logit_bias=-10.0, init_logit_scale=math.log(10)))
+    pairs.fit(model, tmp_path)
+    assert isinstance(model.loss, open_clip.loss.SigLipLoss)
+    assert load(tmp_path)["grads"]["model.logit_bias"].any()
+
+
+def test_logit_scale_is_clamped(tmp_path):
+    model = pairs.task(learning_rate=1e-9)
+    with torch.no_grad():
+        model.model.logit_scale.fill_(7.0)
+    pairs.fit(model, tmp_path)
+    assert model.model.logit_scale.item() == pytest.approx(math.log(100))
+
+
+def test_clipping_works_with_accumulation(tmp_path):
+    pairs.fit(pairs.task(accum_freq=2), tmp_path, gradient_clip_val=1e-3)
+    assert load(tmp_path)["grads"]  # recorded before the clip; the fit itself raised nothing
+
+
+def test_only_matrices_decay():
+    model = pairs.task()
+    decay, rest = decay_groups(model.named_parameters(), 0.2)
+    shapes = {id(p): n for n, p in model.named_parameters()}
+    names = [[shapes[id(p)] for p in group["params"]] for group in (decay, rest)]
+    assert (decay["weight_decay"], rest["weight_decay"]) == (0.2, 0.0)
+    assert "model.token_embedding.weight" in names[0] and "model.visual.trunk.blocks.0.mlp.fc1.weight" in names[0]
+    for name in ("logit_scale", "positional_embedding", "visual.trunk.pos_embed", "visual.trunk.cls_token"):
+        assert f"model.{name}" in names[1]
+    assert sum(map(len, names)) == len(shapes)
+
+
+def test_a_checkpoint_is_open_clip_s(tmp_path):
+    """Lightning's own file, unchanged, by a published name; with the same features in open_clip's towers."""
+    model = Contrastive(model="DTP-ViT-B-32-10x", warmup_steps=1)
+    text = model.tokenize(["a photo of a dog", "snow"])
+    images = torch.rand(2, 3, 224, 224)
+    trainer = pairs.L.Trainer(logger=False, accelerator="cpu", enable_progress_bar=False)
+    trainer.strategy.connect(model)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    names = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+    theirs, _, _ = open_clip.create_model_and_transforms("DTP-ViT-B-32-10x", pretrained=str(tmp_path / "last.ckpt"))
+    assert set(names) == set(theirs.state_dict())
+    model.eval(), theirs.eval()
+    with torch.no_grad():
+        for ours, other in zip(model(images, text), theirs(images, text), strict=True):
+            torch.testing.assert_close(ours, other, rtol=0, atol=1e-5)
+    again = Contrastive.load_from_checkpoint(tmp_path / "last.ckpt", weights_only=True)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(again.state_dict()[name], value, equal_nan=True)
+    assert dtpvit.__version__
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"local_loss": True, "gather_with_grad": False}, "wrong gradients"),
+        ({"accum_freq": 0}, "at least 1"),
+        ({"model": "ViT-B-32"}, "no model is called 'ViT-B-32'; expected one of DTP-ViT-B-32-1x"),
+        ({"model": {"embed_dim": 4}}, r"lacks \['text', 'vision'\]"),
+        ({"model": {"name": "DTP-ViT-B-32-10x", "sight": {}}}, r"unknown entries \['sight'\]"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused_in_a_sentence(options, message):
+    with pytest.raises(UserError, match=message):
+        pairs.task(**options)
