@@ -1,6 +1,8 @@
 """Image-text pairs in tar shards, as img2dataset writes them, and what a contrastive run is validated on."""
 
+import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import lightning as L
@@ -17,6 +19,7 @@ from dtpvit.errors import UserError
 
 __all__ = ["ImageTextShards"]
 
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
 Prompts = tuple[list[str], list[Callable[[str], str]]]
 
@@ -32,6 +35,7 @@ class ImageTextShards(L.LightningDataModule):
         zeroshot: Labelled images for zero-shot classification (ImageNet's folders, shards with ``.cls``).
         zeroshot_classnames: File of class names, one a line; None takes those that come with the images.
         zeroshot_templates: "openai", "simple", "none", or a file of prompts with ``{c}``.
+        zeroshot_required: Whether missing ``zeroshot`` images stop the run; else it goes on without, and says so.
         batch_size: Per process.
         val_batch_size: Per process; None is ``batch_size``.
         num_workers: Loader processes per training process.
@@ -54,6 +58,7 @@ class ImageTextShards(L.LightningDataModule):
         zeroshot: str | None = None,
         zeroshot_classnames: str | None = None,
         zeroshot_templates: str = "openai",
+        zeroshot_required: bool = True,
         batch_size: int = 64,
         val_batch_size: int | None = None,
         num_workers: int = 4,
@@ -75,6 +80,7 @@ class ImageTextShards(L.LightningDataModule):
             )
         self.train, self.val, self.zeroshot = train, val, zeroshot
         self.zeroshot_classnames, self.zeroshot_templates = zeroshot_classnames, zeroshot_templates
+        self.zeroshot_required = zeroshot_required
         self.batch_size, self.val_batch_size = batch_size, val_batch_size or batch_size
         self.num_workers, self.num_samples = num_workers, num_samples
         self.image_size, self.tokenize = image_size, tokenize
@@ -98,6 +104,9 @@ class ImageTextShards(L.LightningDataModule):
             self._train_shards = self._shards(self.train)
         if self.val is not None:
             self._val_shards = self._shards(self.val)
+        if self.zeroshot is not None and not self.zeroshot_required and not Path(self.zeroshot).exists():
+            logger.warning("no zero-shot validation: %s does not exist", self.zeroshot)
+            self.zeroshot = None
         if self.zeroshot is not None:
             self._find_zeroshot(self.zeroshot)
         if stage in ("validate", "test", "predict") and self.val is None and self.zeroshot is None:
