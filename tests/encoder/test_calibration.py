@@ -29,7 +29,7 @@ def test_threshold_follows_logits_that_drift():
 def test_an_unsure_predictor_keeps_its_rate_at_evaluation():
     """The trap: trained with noise, a predictor with p = 1/4 everywhere would place no boundary at logit > 0."""
     torch.manual_seed(0)
-    reducer = DynamicPooling(16, compression=4, rate="binomial")
+    reducer = DynamicPooling(16, compression=4, rate="binomial", estimator="dtp")
 
     def draw():
         return Tokens.from_dense(torch.randn(64, 65, 16), num_prefix=1, grid=(8, 8), seed=torch.randint(1 << 62, (64,)))

@@ -11,8 +11,8 @@ from dtpvit.tasks.contrastive import Contrastive
 CAPTIONS = ["a red ball", "two dogs on grass", "a cat", "the old town at night, seen from a hill", "snow", "a boat"]
 
 
-def config(reducers=None, **more):
-    reducer = {"class_path": "DynamicPooling", "init_args": {"compression": 4}}
+def config(reducers=None, estimator="regression", **more):
+    reducer = {"class_path": "DynamicPooling", "init_args": {"compression": 4, "estimator": estimator}}
     vision = {"image_size": 32, "patch_size": 4, "dim": 32, "depth": 3, "num_heads": 2}
     text = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
     vision["reducers"] = {1: reducer} if reducers is None else reducers
@@ -66,7 +66,8 @@ class Record(L.Callback):
         grads = {name: p.grad.clone() for name, p in pl_module.named_parameters() if p.grad is not None}
         threshold = pl_module.model.visual.trunk.reducers["1"].boundary_calibration.boundary_threshold
         found = {"grads": grads, "sources": list(self.sources), "threshold": threshold.clone()}
-        found["baseline"] = pl_module.model.visual.trunk.reducers["1"].boundary_baseline.boundary_baseline.clone()
+        state = pl_module.model.visual.trunk.reducers["1"].state_dict()
+        found["statistics"] = next(v for k, v in state.items() if "votes" in k or "baseline" in k).clone()
         found["loss"] = trainer.callback_metrics["train/loss"].clone()
         torch.save(found, self.folder / f"rank{trainer.global_rank}.pt")
 

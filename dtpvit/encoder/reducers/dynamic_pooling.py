@@ -24,6 +24,7 @@ from dtpvit.encoder.reducers.base import Evidence, Reduction
 from dtpvit.encoder.reducers.boundary_pooling import BoundaryPooling
 from dtpvit.encoder.reducers.calibration import BoundaryCalibration
 from dtpvit.encoder.reducers.routers import ROUTERS
+from dtpvit.encoder.reducers.vote_regression import VoteRegression
 from dtpvit.encoder.tokens import Layout, Tokens
 
 __all__ = ["DynamicPooling"]
@@ -44,7 +45,9 @@ class DynamicPooling(BoundaryPooling):
         compression: Tokens in for each token out.
         router: What scores the places: ``"mlp"``, ``"cosine"`` or ``"minimum_variance"``
             (:mod:`dtpvit.encoder.reducers.routers`); the last is exact, has nothing to train and a fixed budget.
-        estimator: ``"symmetric"`` or ``"dtp"`` (:mod:`dtpvit.encoder.ops.segments`).
+        estimator: How the task teaches the predictor: ``"regression"`` of the symmetric votes
+            (:mod:`dtpvit.encoder.reducers.vote_regression`), or straight through ``"symmetric"`` votes or ``"dtp"``'s
+            averaging weights (:mod:`dtpvit.encoder.ops.segments`).
         rate: What holds the mean rate: ``"quantile"``, the threshold is the quantile of the whole batch's noisy logits
             that gives it, over all ranks; or one of the published losses ``"binomial"`` (a prior on each image's
             count), ``"ratio"`` (H-Net's, on the batch) and ``"band"`` (a hinge on each image's rate), with threshold 0.
@@ -69,7 +72,7 @@ class DynamicPooling(BoundaryPooling):
         *,
         compression: float,
         router: Literal["mlp", "cosine", "minimum_variance"] = "mlp",
-        estimator: Literal["symmetric", "dtp"] = "symmetric",
+        estimator: Literal["regression", "symmetric", "dtp"] = "regression",
         rate: Literal["quantile", "binomial", "ratio", "band"] = "quantile",
         rate_weight: float = 1.0,
         band: float = 0.2,
@@ -79,7 +82,8 @@ class DynamicPooling(BoundaryPooling):
         temperature: float = 0.5,
         null_token: bool = False,
     ) -> None:
-        super().__init__(compression, order=order, proportional=proportional, estimator=estimator)
+        vote = "symmetric" if estimator == "regression" else estimator
+        super().__init__(compression, order=order, proportional=proportional, estimator=vote)
         if router not in ROUTERS:
             raise ValueError(f"router is {router!r}; expected one of {', '.join(ROUTERS)}")
         if rate not in ("quantile", "binomial", "ratio", "band"):
@@ -93,7 +97,11 @@ class DynamicPooling(BoundaryPooling):
         self.boundary_calibration = None if self.fixed else BoundaryCalibration()
         # Both kinds of threshold follow the logits; only a rate loss holds them in place.
         follows = (rate == "quantile" or self.fixed) and not self.boundary_predictor.decides
-        self.boundary_baseline = GradientBaseline() if follows else None
+        regress = estimator == "regression" and not self.boundary_predictor.decides
+        if regress and not follows:
+            raise ValueError(f"estimator 'regression' leaves the rate to the threshold; with rate {rate!r} use another")
+        self.boundary_votes = VoteRegression() if regress else None
+        self.boundary_baseline = GradientBaseline() if follows and not regress else None
         self.boundary_null = nn.Parameter(torch.randn(1, dim)) if null_token else None
 
     def extra_repr(self) -> str:
@@ -111,7 +119,12 @@ class DynamicPooling(BoundaryPooling):
             if self.boundary_baseline is not None and scores.requires_grad:
                 scores = self.boundary_baseline(scores, ~layout.opening)
             hard, margin, joint = self._decide(logits, scores, layout, evidence)
-            starts = hard if self.boundary_predictor.decides else straight_through(hard, margin, self.temperature)
+            if self.boundary_predictor.decides:
+                starts = hard
+            elif self.boundary_votes is not None:
+                starts = self.boundary_votes(hard, logits, ~layout.opening)
+            else:
+                starts = straight_through(hard, margin, self.temperature)
             starts = torch.where(layout.opening, torch.ones_like(starts), starts)
         fixed = self.segments_wanted(layout)[1] if self.fixed and layout.uniform else None
         pooled = self.pool(tokens, starts, order, fixed=fixed)
@@ -152,8 +165,9 @@ class DynamicPooling(BoundaryPooling):
         return (margin > 0).to(scores.dtype), margin, joint
 
     def after_backward(self) -> None:
-        if self.boundary_baseline is not None:
-            self.boundary_baseline.settle()
+        for module in (self.boundary_baseline, self.boundary_votes):
+            if module is not None:
+                module.settle()
 
     @torch.no_grad()
     def set_threshold(self, joint: Tensor, patches: int, images: int) -> Tensor:

@@ -46,7 +46,7 @@ class MlpRouter(Router):
             follows the logits (None), a bias would change nothing and there is none.
     """
 
-    LIMIT = 4.0
+    LIMIT = 8.0
 
     def __init__(self, dim: int, *, initial_rate: float | None) -> None:
         super().__init__(dim, initial_rate=initial_rate)
