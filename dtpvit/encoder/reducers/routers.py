@@ -94,7 +94,7 @@ class CosineRouter(Router):
         return nn.functional.pad(logits, (1, 0))  # the line's first place always starts a segment
 
     def macs(self, tokens: Tensor, dim: int, compression: float) -> Tensor:
-        return tokens * (2 * dim * dim + 3 * dim)
+        return (tokens - 1) * (2 * dim * dim + 3 * dim)
 
 
 class MinimumVarianceRouter(Router):

@@ -1,0 +1,57 @@
+"""Multiply-accumulates: the published figures, and torch's own counter."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from dtpvit.encoder import VisionEncoder
+from dtpvit.encoder.reducers import DynamicPooling
+from dtpvit.evaluation.cost import dense_macs, image_cost, image_macs
+from dtpvit.interop.create import create_clip, create_encoder
+
+
+@pytest.mark.parametrize(
+    ("patch", "published"), [(32, [4.409, 2.682, 1.825, 1.257]), (16, [17.563, 10.18, 6.60, 4.52])]
+)
+def test_pooled_models_cost_what_is_published(patch, published):
+    """B/32 and B/16 at 224, class token and projection included, predictor excluded."""
+    images = torch.randn(1, 3, 224, 224)
+    for rate, expected in zip((1, 2, 4, 10), published, strict=True):
+        trunk = create_clip(f"DTP-ViT-B-{patch}-{rate}x").visual.trunk.eval()
+        with torch.no_grad():
+            cost = image_cost(trunk, trunk(images).layouts, 512)
+        assert float(cost.total - cost.reducers) / 1e9 == pytest.approx(expected, abs=0.005)
+        assert dense_macs(trunk, 512) / 1e9 == pytest.approx(published[0], abs=0.005)
+        if rate > 1:
+            assert 0 < float(cost.reducers) < 0.01 * published[0] * 1e9
+
+
+def test_dense_models_cost_what_is_published():
+    """DeiT-Ti 1.25 G, DeiT-S 4.6 G, ViT-B/16 17.6 G, with their classifier of 1,000 classes."""
+    for name, expected in (("tiny_patch16", 1.253), ("small_patch16", 4.6), ("base_patch16", 17.56)):
+        encoder = create_encoder(f"vit_{name}_224")
+        assert dense_macs(encoder, 1000) / 1e9 == pytest.approx(expected, abs=0.01)
+
+
+@pytest.mark.parametrize("router", ["mlp", "cosine"])
+def test_cost_equals_torch_s_counter(router):
+    reducers = {1: DynamicPooling(64, compression=4, router=router), 2: DynamicPooling(64, compression=2)}
+    encoder = VisionEncoder(image_size=64, patch_size=8, dim=64, depth=4, num_heads=4, reducers=reducers).eval()
+    images = torch.randn(1, 3, 64, 64)
+    counter = FlopCounterMode(display=False)
+    # One image: no padding, and the kernel that the counter knows.
+    with torch.no_grad(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), counter:
+        encoding = encoder(images)
+    found = float(image_macs(encoder, encoding).sum())
+    # The counter leaves out what is no matrix product: here the cosines of neighbours.
+    cosines = 3 * 64 * 64 if router == "cosine" else 0
+    assert 2 * (found - cosines) == pytest.approx(counter.get_total_flops(), rel=1e-6)
+
+
+def test_images_of_unequal_length_cost_unequally():
+    reducers = {1: DynamicPooling(64, compression=4)}
+    encoder = VisionEncoder(image_size=64, patch_size=8, dim=64, depth=3, num_heads=4, reducers=reducers)
+    encoder.train()(torch.randn(16, 3, 64, 64))
+    encoding = encoder.eval()(torch.randn(16, 3, 64, 64))
+    macs, lengths = image_macs(encoder, encoding), encoding.tokens.lengths
+    assert torch.equal(macs.argsort(stable=True), lengths.argsort(stable=True))
