@@ -157,7 +157,10 @@ def test_create_encoder_takes_reducers_in_every_form():
         (lambda: create_encoder("vit_tiny_patch16_224", reducers={"two": POOLING}), "expected the number of a block"),
         (lambda: create_encoder("vit_tiny_patch16_224", reducers={2: "DynamicPooling"}), "expected class_path"),
         (lambda: create_encoder("vit_tiny_patch16_224", reducers={2: {"class_path": "Oracle"}}), "no token reducer"),
-        (lambda: create_encoder("vit_tiny_patch16_224", reducers={2: {"class_path": "no.Oracle"}}), "cannot be imported"),
+        (
+            lambda: create_encoder("vit_tiny_patch16_224", reducers={2: {"class_path": "no.Oracle"}}),
+            "cannot be imported",
+        ),
         (lambda: create_encoder("vit_tiny_patch16_224", reducers={20: POOLING}), "blocks 0 to 11"),
         (lambda: create_encoder("vit_tiny_patch16_224", init="nowhere.pth"), "nowhere.pth does not exist"),
         (lambda: dtpvit.create_clip("DTP-ViT-B-32-3x"), "no model is called 'DTP-ViT-B-32-3x'"),

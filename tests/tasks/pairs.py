@@ -66,8 +66,6 @@ class Record(L.Callback):
         grads = {name: p.grad.clone() for name, p in pl_module.named_parameters() if p.grad is not None}
         threshold = pl_module.model.visual.trunk.reducers["1"].boundary_calibration.boundary_threshold
         found = {"grads": grads, "sources": list(self.sources), "threshold": threshold.clone()}
-        state = pl_module.model.visual.trunk.reducers["1"].state_dict()
-        found["statistics"] = next(v for k, v in state.items() if "votes" in k or "baseline" in k).clone()
         found["loss"] = trainer.callback_metrics["train/loss"].clone()
         torch.save(found, self.folder / f"rank{trainer.global_rank}.pt")
 

@@ -66,9 +66,7 @@ def test_accumulation_replays_stochastic_depth(tmp_path):
     torch.manual_seed(5)
     features = model._cached_features(batch, 3)
     cached = model._cached
-    for micro, state, expected in zip(
-        cached.micro_batches, cached.states, cached.image.split(4), strict=True
-    ):
+    for micro, state, expected in zip(cached.micro_batches, cached.states, cached.image.split(4), strict=True):
         state.restore()
         again = cached.forward(micro, cached.thresholds)
         torch.testing.assert_close(again.image, expected)
@@ -89,7 +87,6 @@ def check_same(ranks, whole, first_pass):
     for rank in ranks:  # with accumulation: scores, cached features, then features with a graph
         sources += rank["sources"][first_pass : 2 * first_pass] if first_pass else rank["sources"]
         torch.testing.assert_close(rank["threshold"], whole["threshold"], rtol=0, atol=1e-6)
-        assert whole["statistics"].any()
         assert set(rank["grads"]) == set(whole["grads"])
         for name, grad in rank["grads"].items():
             torch.testing.assert_close(grad, whole["grads"][name], rtol=1e-4, atol=1e-6, msg=name)

@@ -18,13 +18,13 @@ from dtpvit.encoder.ops.boundaries import (
 )
 from dtpvit.encoder.ops.collectives import gather_columns
 from dtpvit.encoder.ops.noise import logistic_noise
+from dtpvit.encoder.ops.regression import regress_votes
 from dtpvit.encoder.ops.rows import take_rows
-from dtpvit.encoder.reducers.baseline import GradientBaseline
 from dtpvit.encoder.reducers.base import Evidence, Reduction
+from dtpvit.encoder.reducers.baseline import GradientBaseline
 from dtpvit.encoder.reducers.boundary_pooling import BoundaryPooling
 from dtpvit.encoder.reducers.calibration import BoundaryCalibration
 from dtpvit.encoder.reducers.routers import ROUTERS
-from dtpvit.encoder.reducers.vote_regression import VoteRegression
 from dtpvit.encoder.tokens import Layout, Tokens
 
 __all__ = ["DynamicPooling"]
@@ -46,7 +46,7 @@ class DynamicPooling(BoundaryPooling):
         router: What scores the places: ``"mlp"``, ``"cosine"`` or ``"minimum_variance"``
             (:mod:`dtpvit.encoder.reducers.routers`); the last is exact, has nothing to train and a fixed budget.
         estimator: How the task teaches the predictor: ``"regression"`` of the symmetric votes
-            (:mod:`dtpvit.encoder.reducers.vote_regression`), or straight through ``"symmetric"`` votes or ``"dtp"``'s
+            (:mod:`dtpvit.encoder.ops.regression`), or straight through ``"symmetric"`` votes or ``"dtp"``'s
             averaging weights (:mod:`dtpvit.encoder.ops.segments`).
         rate: What holds the mean rate: ``"quantile"``, the threshold is the quantile of the whole batch's noisy logits
             that gives it, over all ranks; or one of the published losses ``"binomial"`` (a prior on each image's
@@ -100,7 +100,7 @@ class DynamicPooling(BoundaryPooling):
         regress = estimator == "regression" and not self.boundary_predictor.decides
         if regress and not follows:
             raise ValueError(f"estimator 'regression' leaves the rate to the threshold; with rate {rate!r} use another")
-        self.boundary_votes = VoteRegression() if regress else None
+        self.regress = regress
         self.boundary_baseline = GradientBaseline() if follows and not regress else None
         self.boundary_null = nn.Parameter(torch.randn(1, dim)) if null_token else None
 
@@ -121,8 +121,8 @@ class DynamicPooling(BoundaryPooling):
             hard, margin, joint = self._decide(logits, scores, layout, evidence)
             if self.boundary_predictor.decides:
                 starts = hard
-            elif self.boundary_votes is not None:
-                starts = self.boundary_votes(hard, logits, ~layout.opening)
+            elif self.regress:
+                starts = regress_votes(hard, logits, layout)
             else:
                 starts = straight_through(hard, margin, self.temperature)
             starts = torch.where(layout.opening, torch.ones_like(starts), starts)
@@ -165,9 +165,8 @@ class DynamicPooling(BoundaryPooling):
         return (margin > 0).to(scores.dtype), margin, joint
 
     def after_backward(self) -> None:
-        for module in (self.boundary_baseline, self.boundary_votes):
-            if module is not None:
-                module.settle()
+        if self.boundary_baseline is not None:
+            self.boundary_baseline.settle()
 
     @torch.no_grad()
     def set_threshold(self, joint: Tensor, patches: int, images: int) -> Tensor:

@@ -55,7 +55,8 @@ class MlpRouter(Router):
         self.fc2 = nn.Linear(dim, 1, bias=initial_rate is not None)
         nn.init.trunc_normal_(self.fc1.weight, std=dim**-0.5)
         nn.init.zeros_(self.fc1.bias)
-        nn.init.trunc_normal_(self.fc2.weight, std=0.02)
+        # Its length is normalised away; a short one would turn by tenths of a radian in every step of Adam.
+        nn.init.trunc_normal_(self.fc2.weight, std=dim**-0.5)
         if initial_rate is not None:
             nn.init.constant_(self.fc2.bias, torch.logit(torch.tensor(initial_rate)).item())
 

@@ -1,0 +1,70 @@
+"""Every YAML builds; the small ones take a step."""
+
+from pathlib import Path
+
+import lightning as L
+import pytest
+import yaml
+
+from dtpvit.cli import main
+from dtpvit.datamodules import image_text, shapes
+from dtpvit.datamodules.shapes import ShapesParameters, generate_shapes
+from dtpvit.tasks.contrastive import Contrastive
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+DATA = {"ImageTextShards": image_text.ImageTextShards, "ShapesDataModule": shapes.ShapesDataModule}
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    root = tmp_path_factory.mktemp("shapes") / "generated"
+    generate_shapes(root, ShapesParameters(num_train=64, num_val=16, num_test=1, shard_size=16), processes=1)
+    return root
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_builds(path, monkeypatch):
+    config = yaml.safe_load(path.read_text())
+    task = Contrastive(**config["model"]["init_args"])
+    name = config["data"]["class_path"].rsplit(".", 1)[1]
+    DATA[name](**config["data"]["init_args"])
+    L.Trainer(**config["trainer"], accelerator="cpu", logger=False, enable_checkpointing=False)
+    trunk = task.model.visual.trunk
+    rate = next((r.compression for r in trunk.reducers.values()), 1)
+    for size in ("dense", "2x", "4x", "10x"):
+        if path.stem.endswith(f"_{size}"):
+            assert rate == (1 if size == "dense" else int(size[:-1]))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_header_is_a_lab_notebook(path):
+    header = path.read_text().split("\nseed_everything")[0]
+    assert f"dtpvit fit --config configs/{path.name}" in header and "Data:" in header
+    assert "xpected" in header or "Measured" in header
+
+
+@pytest.mark.parametrize("name", ["quickstart", "flickr8k_small"])
+def test_the_small_ones_take_a_step(name, drawn, tmp_path, monkeypatch):
+    config = Path(__file__).parents[1] / "configs" / f"{name}.yaml"
+    monkeypatch.chdir(tmp_path)
+    arguments = ["fit", "--config", str(config), "--trainer.fast_dev_run", "1", "--trainer.accelerator", "cpu"]
+    arguments += ["--data.init_args.batch_size", "8", "--data.init_args.num_workers", "0"]
+    if name == "quickstart":
+        arguments += ["--data.init_args.root", str(tmp_path / "shapes"), "--data.init_args.num_train", "32"]
+        arguments += ["--data.init_args.num_val", "8", "--data.init_args.num_test", "1"]
+    else:
+        arguments += ["--data", str(drawn / "train")]
+    assert main(arguments) == 0
+
+
+@pytest.mark.parametrize("name", ["cc12m_10x", "laion400m_10x", "flickr8k_small"])
+def test_missing_data_is_said_in_one_sentence(name, tmp_path, monkeypatch, capsys):
+    config = Path(__file__).parents[1] / "configs" / f"{name}.yaml"
+    monkeypatch.chdir(tmp_path)
+    model = [
+        "--model.init_args.model",
+        '{"embed_dim": 8, "vision": {"preset": "vit_tiny_patch32_224"}, "text": {"width": 32}}',
+    ]
+    assert main(["fit", "--config", str(config), "--trainer.accelerator", "cpu", *model]) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"see data/{name.split('_')[0]}/README.md" in said and said.startswith("dtpvit: ")

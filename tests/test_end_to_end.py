@@ -1,0 +1,78 @@
+"""The main job on generated images, as a user runs it: fit, go on, evaluate, export, load in open_clip."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+
+from dtpvit.interop.loading import load_clip
+
+CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
+SMALL = """--data.init_args.num_train 96 --data.init_args.num_val 24 --data.init_args.num_test 1
+--data.init_args.batch_size 16 --data.init_args.num_workers 1 --trainer.accelerator cpu
+--data.init_args.root shapes""".split()
+
+
+def run(folder, *arguments, fails=False):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "dtpvit", *arguments]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=folder, env=environment, timeout=300, check=False
+    )
+    assert (done.returncode == 0) != fails, done.stderr
+    return done
+
+
+@pytest.mark.slow
+def test_fit_resume_zeroshot_export_open_clip(tmp_path):
+    run(tmp_path, "fit", "--config", str(CONFIG), *SMALL, "--trainer.max_epochs", "1")
+    last = tmp_path / "runs/quickstart/checkpoints/last.ckpt"
+    assert torch.load(last, weights_only=True)["global_step"] == 6
+    run(tmp_path, "fit", "--config", str(CONFIG), *SMALL, "--trainer.max_epochs", "2", "--ckpt_path", "last")
+    content = torch.load(last, weights_only=True)
+    assert content["global_step"] == 12
+    data = ["--data", "shapes/heldout", "--templates", "shapes/heldout/templates.txt"]
+    run(tmp_path, "zeroshot", "--checkpoint", str(last), *data, "--output", "zeroshot.json")
+    result = json.loads((tmp_path / "zeroshot.json").read_text())
+    assert 0 <= result["metrics"]["acc1"] <= result["metrics"]["acc5"] <= 1 and result["n"] == 11
+    assert result["gmacs_per_image"] < result["gmacs_dense"] and result["task"] == "zeroshot_classification"
+    run(tmp_path, "export", "--checkpoint", str(last), "--out", "exported")
+    again = run(tmp_path, "zeroshot", "--model", "local-dir:exported", *data, "--output", "exported.json")
+    assert json.loads((tmp_path / "exported.json").read_text())["metrics"] == result["metrics"], again.stdout
+    ours = load_clip(checkpoint=last).model
+    theirs = open_clip.create_model(f"local-dir:{tmp_path / 'exported'}").eval()
+    images = torch.rand(3, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs.encode_image(images), ours.encode_image(images), rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_wrong_paths_are_one_sentence_and_exit_code_2(tmp_path):
+    (tmp_path / "broken.ckpt").write_text("no checkpoint")
+    (tmp_path / "empty").mkdir()
+    for arguments in (
+        ["fit", "--config", "absent.yaml"],
+        ["fit", "--config", str(CONFIG), "--init", "absent.pth"],
+        ["fit", "--config", str(CONFIG), "--ckpt_path", "absent.ckpt"],
+        ["fit", "--config", str(CONFIG), "--model.init_args.model", "DTP-ViT-B-32-3x"],
+        ["zeroshot", "--data", "absent", "--model", "DTP-ViT-B-32-10x"],
+        ["zeroshot", "--data", "empty", "--model", "DTP-ViT-B-32-10x"],
+        ["zeroshot", "--data", "empty", "--checkpoint", "broken.ckpt"],
+        ["export", "--checkpoint", "broken.ckpt", "--out", "x"],
+        ["fti"],
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "dtpvit", *arguments],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            timeout=120,
+            check=False,
+        )
+        said = [line for line in done.stderr.strip().splitlines() if line.startswith("dtpvit: ")]
+        assert done.returncode == 2 and len(said) == 1 and "Traceback" not in done.stderr, (arguments, done.stderr)
