@@ -38,9 +38,9 @@ HELD_OUT = [
 SEEN = [pair for pair in CLASSES if pair not in HELD_OUT]
 
 _RADII = {
-    "small": (0.12, 0.145),
-    "medium": (0.19, 0.22),
-    "large": (0.29, 0.34),
+    "small": (0.15, 0.17),
+    "medium": (0.22, 0.25),
+    "large": (0.31, 0.36),
 }  # shares of the image's side
 _GROUNDS = ("plain", "shaded", "striped", "dotted", "checked", "cloudy", "grainy")
 _SUPERSAMPLING = 4
@@ -123,7 +123,7 @@ def _relation(first: Placed, second: Placed) -> str:
 
 def _place(draw: Random, pairs: Sequence[tuple[str, str]], max_shapes: int) -> list[Placed]:
     """Shapes that do not touch each other or the edge; fewer than wanted where there is no room."""
-    wanted = draw.choice([number for number in (1, 1, 2, 2, 3) if number <= max_shapes])
+    wanted = draw.choice([number for number in (1, 1, 1, 2, 2, 3) if number <= max_shapes])
     repeated = draw.choice(pairs) if wanted > 1 and draw.random() < 0.15 else None
     placed: list[Placed] = []
     for _ in range(wanted):

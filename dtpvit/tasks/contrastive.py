@@ -234,13 +234,11 @@ class Contrastive(lightning.LightningModule):
     def configure_optimizers(self) -> Any:
         options = self.hparams
         groups = decay_groups(self.named_parameters(), options["weight_decay"])
-        optimizer = create_optimizer_v2(
-            groups,
-            opt=options["optimizer"],
-            lr=options["learning_rate"],
-            betas=tuple(options["betas"]),
-            eps=options["eps"],
-        )
+        # One kernel for all tensors. Under mixed precision Lightning refuses to clip gradients before a fused step.
+        extra = {"fused": True} if options["optimizer"] == "adamw" and self.trainer.precision == "32-true" else {}
+        if options["optimizer"] != "sgd":
+            extra |= {"betas": tuple(options["betas"]), "eps": options["eps"]}
+        optimizer = create_optimizer_v2(groups, opt=options["optimizer"], lr=options["learning_rate"], **extra)
         total = int(self.trainer.estimated_stepping_batches)
         warmup = min(options["warmup_steps"], total)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_cosine(warmup, total))
