@@ -197,6 +197,15 @@ class Contrastive(lightning.LightningModule):
         with torch.no_grad():
             self.model.logit_scale.clamp_(0.0, math.log(100))
 
+    def on_train_epoch_end(self) -> None:
+        """Report the samples that could not be used, by cause."""
+        skipped: dict[str, int] = getattr(self.trainer.train_dataloader, "skipped", {})
+        for cause, count in skipped.items():
+            self.log(f"data/skipped/{cause.replace(' ', '_')}", float(count))
+        if skipped:
+            causes = ", ".join(f"{count} {cause}" for cause, count in skipped.items())
+            logger.warning("epoch %d: skipped %s", self.current_epoch + 1, causes)
+
     def _log_encoding(self, encoding: Encoding) -> None:
         second_pass = self._cached is not None
         if not self.training or self._trainer is None or second_pass:
