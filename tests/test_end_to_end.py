@@ -1,5 +1,6 @@
 """The main job on generated images, as a user runs it: fit, go on, evaluate, export, load in open_clip."""
 
+import csv
 import json
 import os
 import subprocess
@@ -76,3 +77,14 @@ def test_wrong_paths_are_one_sentence_and_exit_code_2(tmp_path):
         )
         said = [line for line in done.stderr.strip().splitlines() if line.startswith("dtpvit: ")]
         assert done.returncode == 2 and len(said) == 1 and "Traceback" not in done.stderr, (arguments, done.stderr)
+
+
+@pytest.mark.slow
+def test_the_rate_that_was_trained_is_the_rate_at_evaluation(tmp_path):
+    """The quickstart on fewer images: on images never seen, a quarter of the patches starts a segment."""
+    fewer = "--data.init_args.num_train 4000 --data.init_args.num_val 500 --data.init_args.num_test 2".split()
+    arguments = [*fewer, "--data.init_args.root", "shapes", "--trainer.accelerator", "cpu"]
+    run(tmp_path, "fit", "--config", str(CONFIG), *arguments, "--trainer.max_epochs", "3")
+    with open(tmp_path / "runs/quickstart/metrics.csv", newline="") as file:
+        rates = [row["val/boundary_rate"] for row in csv.DictReader(file) if row.get("val/boundary_rate")]
+    assert abs(float(rates[-1]) - 0.25) < 0.02

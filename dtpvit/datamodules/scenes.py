@@ -38,8 +38,8 @@ HELD_OUT = [
 SEEN = [pair for pair in CLASSES if pair not in HELD_OUT]
 
 _RADII = {
-    "small": (0.15, 0.17),
-    "medium": (0.22, 0.25),
+    "small": (0.165, 0.185),
+    "medium": (0.23, 0.26),
     "large": (0.31, 0.36),
 }  # shares of the image's side
 _GROUNDS = ("plain", "shaded", "striped", "dotted", "checked", "cloudy", "grainy")

@@ -74,6 +74,12 @@ class Layout:
         return self.position <= self.num_prefix
 
     @cached_property
+    def free(self) -> Tensor:
+        """Packed positions of the tokens that may or may not start a segment, ascending, without synchronising."""
+        count = self.total - self.batch * (self.num_prefix + 1)
+        return torch.nonzero_static(~self.opening, size=count).squeeze(1)
+
+    @cached_property
     def cumulative(self) -> Tensor:
         """Sequence borders as variable-length kernels want them, int32, shape (B + 1,)."""
         return torch.nn.functional.pad(self.lengths.cumsum(0), (1, 0)).to(torch.int32)

@@ -91,7 +91,7 @@ def zeroshot(
     )
     is_random = checkpoint is None and ":" not in str(model)
     name = f"{loaded.name} with random weights: no checkpoint was given" if is_random else loaded.name
-    print(_summary(result, name, data, f"{place.type}, {precision}, batch {batch_size}", loader.broken))
+    print(_summary(result, name, checkpoint, data, f"{place.type}, {precision}, batch {batch_size}", loader.broken))
     if target is not None:
         settings = {"precision": precision, "device": str(place), "batch_size": batch_size}
         settings |= {"templates": templates, "labels": labels, "limit": limit}
@@ -123,10 +123,10 @@ def _weights(model: str | None, checkpoint: str | None) -> tuple[str | None, str
     )
 
 
-def _summary(result: ZeroShotResult, name: str, data: str, how: str, broken: list[str]) -> str:
+def _summary(result: ZeroShotResult, name: str, weights: str | None, data: str, how: str, broken: list[str]) -> str:
     lines = [
         ("data", f"{data}: {result.n} images, {result.num_classes} classes"),
-        ("model", name),
+        ("model", name if weights is None else f"{name}, weights {weights}"),
         ("top-1", f"{result.acc1:7.2%}   (chance {1 / result.num_classes:.2%})"),
     ]
     if result.num_classes > 5:
@@ -137,7 +137,7 @@ def _summary(result: ZeroShotResult, name: str, data: str, how: str, broken: lis
         lines.append(("tokens/image", f"{tokens.mean:6.1f} ± {tokens.std:.1f}   ({tokens.min} to {tokens.max})"))
     if result.gmacs_per_image is not None and result.gmacs_dense is not None:
         share = result.gmacs_per_image / result.gmacs_dense
-        cost = f"{result.gmacs_per_image:6.2f}   ({share:.0%} of {result.gmacs_dense:.2f} dense)"
+        cost = f"{result.gmacs_per_image:6.3g}   ({share:.0%} of {result.gmacs_dense:.3g} dense)"
         lines.append(("GMACs/image", cost))
     lines.append(("images/s", f"{result.images_per_second:6.0f}   (encoder alone; {how})"))
     if result.skipped:

@@ -5,7 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor, distributed
 
-__all__ = ["gather_columns"]
+__all__ = ["add_up", "gather_columns"]
+
+
+def _alone() -> bool:
+    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1
+
+
+def add_up(*counts: int, device: torch.device) -> list[int]:
+    """Sum of each whole number over the ranks; costs nothing where there is one."""
+    if _alone():
+        return list(counts)
+    total = torch.tensor(counts, device=device)
+    distributed.all_reduce(total)
+    return total.tolist()
 
 
 def gather_columns(values: Tensor) -> Tensor:
@@ -17,7 +30,7 @@ def gather_columns(values: Tensor) -> Tensor:
     Returns:
         Shape (R, sum of n), the same on all ranks.
     """
-    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
+    if _alone():
         return values
     world = distributed.get_world_size()
     mine = torch.tensor([values.shape[1]], device=values.device)

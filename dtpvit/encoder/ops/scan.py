@@ -7,14 +7,14 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-__all__ = ["ORDERS", "scan_order"]
+__all__ = ["ORDERS", "scan_order", "window_order"]
 
 ORDERS = ("raster", "serpentine", "hilbert")
 
 
 @lru_cache(maxsize=64)
-def scan_order(order: str, rows: int, columns: int) -> Tensor:
-    """Raster index of the patch at each place of the line, int64, shape (rows * columns,), on the CPU.
+def scan_order(order: str, rows: int, columns: int, device: torch.device | None = None) -> Tensor:
+    """Raster index of the patch at each place of the line, int64, shape (rows * columns,); kept for the next call.
 
     ``raster`` reads row by row, ``serpentine`` turns at the end of each row, ``hilbert`` follows a generalised
     Hilbert curve, so that a run of neighbours in the line is a compact region of the image.
@@ -33,13 +33,29 @@ def scan_order(order: str, rows: int, columns: int) -> Tensor:
     if order == "serpentine":
         index = torch.where(torch.arange(rows)[:, None] % 2 == 0, index, index.flip(1))
     if order != "hilbert":
-        return index.flatten()
+        return index.flatten().to(device)
     walk: list[tuple[int, int]] = []
     if columns >= rows:
         _hilbert(walk, (0, 0), (0, columns), (rows, 0))
     else:
         _hilbert(walk, (0, 0), (rows, 0), (0, columns))
-    return torch.tensor([row * columns + column for row, column in walk])
+    return torch.tensor([row * columns + column for row, column in walk], device=device)
+
+
+@lru_cache(maxsize=64)
+def window_order(rows: int, columns: int, window: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+    """Order of a grid's patches by square windows, and which places begin a window.
+
+    Returns:
+        Raster index of the patch at each place, int64, and begins, bool, both of shape (rows * columns,); windows at
+        the right and lower border may be partial.
+    """
+    row, column = torch.arange(rows)[:, None] // window, torch.arange(columns) // window
+    number = (row * -(-columns // window) + column).flatten()
+    order = torch.argsort(number, stable=True)
+    begins = torch.ones(rows * columns, dtype=torch.bool)
+    begins[1:] = number[order][1:] != number[order][:-1]
+    return order.to(device), begins.to(device)
 
 
 def _sign(x: int) -> int:

@@ -53,7 +53,7 @@ class BoundaryPooling(TokenReducer):
         """Packed position of the token at each place of the line, shape (T,); None where that is the packed order."""
         if tokens.grid is None or self.order == "raster":
             return None
-        return place_in_batch(scan_order(self.order, *tokens.grid), tokens.layout)
+        return place_in_batch(scan_order(self.order, *tokens.grid, tokens.features.device), tokens.layout)
 
     def segments_wanted(self, layout: Layout) -> tuple[Tensor, int]:
         """Segments of each image at the nominal rate, ceil(N / compression), shape (B,), and the most of any image."""
@@ -104,8 +104,8 @@ def place_in_batch(order: Tensor, layout: Layout) -> Tensor:
     Returns:
         Packed position at each place, shape (B * (num_prefix + N),).
     """
-    prefix = torch.arange(layout.num_prefix)
-    within = torch.cat((prefix, order + layout.num_prefix)).to(layout.lengths.device)
+    prefix = torch.arange(layout.num_prefix, device=order.device)
+    within = torch.cat((prefix, order + layout.num_prefix))
     return (layout.first[:, None] + within).reshape(-1)
 
 

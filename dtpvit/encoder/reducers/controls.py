@@ -9,6 +9,7 @@ import torch
 
 from dtpvit.encoder.ops.boundaries import top_per_image
 from dtpvit.encoder.ops.noise import uniform_noise
+from dtpvit.encoder.ops.scan import window_order
 from dtpvit.encoder.reducers.base import Evidence, Reduction
 from dtpvit.encoder.reducers.boundary_pooling import BoundaryPooling, place_in_batch
 from dtpvit.encoder.tokens import Tokens
@@ -112,13 +113,9 @@ class GridPooling(BoundaryPooling):
             raise ValueError("grid pooling needs tokens that form a grid; put it before every other reducer")
         rows, columns = tokens.grid
         wide, high = -(-columns // self.window), -(-rows // self.window)
-        row = torch.arange(rows)[:, None] // self.window
-        window = (row * wide + torch.arange(columns) // self.window).flatten()
-        order = torch.argsort(window, stable=True)
-        sorted_window = window[order]
-        begins = torch.cat((torch.tensor([True]), sorted_window[1:] != sorted_window[:-1]))
+        order, begins = window_order(rows, columns, self.window, tokens.features.device)
         layout = tokens.layout
-        starts = torch.cat((torch.ones(layout.num_prefix, dtype=torch.bool), begins)).to(layout.lengths.device)
-        starts = starts.repeat(layout.batch).to(torch.float32)
+        starts = torch.nn.functional.pad(begins.to(torch.float32), (layout.num_prefix, 0), value=1.0)
+        starts = starts.repeat(layout.batch)
         pooled = self.pool(tokens, starts, place_in_batch(order, layout), fixed=wide * high)
         return Reduction(replace(pooled, grid=(high, wide)))

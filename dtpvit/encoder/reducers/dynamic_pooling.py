@@ -16,7 +16,7 @@ from dtpvit.encoder.ops.boundaries import (
     straight_through,
     top_per_image,
 )
-from dtpvit.encoder.ops.collectives import gather_columns
+from dtpvit.encoder.ops.collectives import add_up, gather_columns
 from dtpvit.encoder.ops.noise import logistic_noise
 from dtpvit.encoder.ops.regression import regress_votes
 from dtpvit.encoder.ops.rows import take_rows
@@ -147,20 +147,19 @@ class DynamicPooling(BoundaryPooling):
         wanted = self.segments_wanted(layout)[0] - 1
         free = ~layout.opening
         calibration = self.boundary_calibration
-        if calibration is None or (not self.training and calibration.boundary_threshold.isnan()):
+        if calibration is None or not self.training:
             taken = top_per_image(scores.detach(), layout.opening, layout, wanted)
-            margin = scores - _cut(scores.detach(), taken & free, free, layout)
-            return taken.to(scores.dtype), margin, None
-        joint = None
-        threshold = scores.new_zeros(())
-        if not self.training:
-            threshold = calibration.boundary_threshold
-        else:
-            joint = torch.stack((logits.detach(), scores.detach()))[:, free]
-            if evidence.threshold is None:
-                threshold = self.set_threshold(joint, layout.total - layout.batch * layout.num_prefix, layout.batch)
-            else:
-                threshold = evidence.threshold
+            cut = _cut(scores.detach(), taken & free, free, layout)
+            if calibration is not None:
+                # Chosen on the device: to ask whether there is a threshold would synchronise.
+                threshold = calibration.boundary_threshold.to(scores)
+                cut = torch.where(threshold.isnan(), cut, threshold)
+                taken = torch.where(threshold.isnan(), taken, scores > threshold)
+            return taken.to(scores.dtype), scores - cut, None
+        joint = torch.stack((logits.detach(), scores.detach())).index_select(1, layout.free)
+        threshold = evidence.threshold
+        if threshold is None:
+            threshold = self.set_threshold(joint, layout.total - layout.batch * layout.num_prefix, layout.batch)
         margin = scores - threshold.to(scores)
         return (margin > 0).to(scores.dtype), margin, joint
 
@@ -180,9 +179,9 @@ class DynamicPooling(BoundaryPooling):
         Returns:
             A scalar: the quantile that gives the rate, or 0 where a rate loss holds it.
         """
-        tally = gather_columns(torch.tensor([[patches], [images]], device=joint.device)).sum(1).tolist()
+        patches, images = add_up(patches, images, device=joint.device)
         joint = gather_columns(joint)
-        count = round(tally[0] / self.compression) - tally[1]
+        count = round(patches / self.compression) - images
         if self.boundary_calibration is not None:
             self.boundary_calibration.observe(joint[0], min(1.0, max(0.0, count / max(1, joint.shape[1]))))
         if self.rate != "quantile":
