@@ -24,7 +24,7 @@ from dtpvit.errors import UserError
 
 __all__ = ["ShapesDataModule", "ShapesParameters", "generate_shapes"]
 
-_VERSION = 1  # raised whenever the same parameters give other bytes
+_VERSION = 2  # raised whenever the same parameters give other bytes
 _TEMPLATES = ("a {c}", "a photo of a {c}", "a picture of a {c}", "an image with a {c}")
 _LABELLED = {"seen": SEEN, "heldout": HELD_OUT}
 
