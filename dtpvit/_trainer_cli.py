@@ -61,6 +61,7 @@ class TrainerCLI(LightningCLI):
             for library in ("lightning.pytorch", "lightning.fabric"):
                 logging.getLogger(library).setLevel(logging.WARNING)
             warnings.filterwarnings("ignore", category=PossibleUserWarning)
+            warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")
             warnings.filterwarnings("ignore", message="The dirpath has changed from")
             warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
             warnings.filterwarnings("ignore", message="`isinstance.treespec, LeafSpec.` is deprecated")

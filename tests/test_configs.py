@@ -67,4 +67,6 @@ def test_missing_data_is_said_in_one_sentence(name, tmp_path, monkeypatch, capsy
     ]
     assert main(["fit", "--config", str(config), "--trainer.accelerator", "cpu", *model]) == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert f"see data/{name.split('_')[0]}/README.md" in said and said.startswith("dtpvit: ")
+    folder = name.split("_")[0]
+    assert f"data/{folder}/README.md" in said and said.startswith("dtpvit: ")
+    assert folder == "flickr8k" or f"run bash data/{folder}/download.sh" in said

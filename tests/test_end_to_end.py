@@ -11,7 +11,9 @@ import open_clip
 import pytest
 import torch
 
+from dtpvit.datamodules.shapes import ShapesParameters, generate_shapes
 from dtpvit.interop.loading import load_clip
+from dtpvit.tasks.contrastive import Contrastive
 
 CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 SMALL = """--data.init_args.num_train 96 --data.init_args.num_val 24 --data.init_args.num_test 1
@@ -47,7 +49,7 @@ def test_fit_resume_zeroshot_export_open_clip(tmp_path):
     assert json.loads((tmp_path / "exported.json").read_text())["metrics"] == result["metrics"], again.stdout
     ours = load_clip(checkpoint=last).model
     theirs = open_clip.create_model(f"local-dir:{tmp_path / 'exported'}").eval()
-    images = torch.rand(3, 3, 64, 64)
+    images = torch.rand(3, 3, *ours.visual.trunk.image_size)
     with torch.no_grad():
         torch.testing.assert_close(theirs.encode_image(images), ours.encode_image(images), rtol=0, atol=1e-5)
 
@@ -88,3 +90,23 @@ def test_the_rate_that_was_trained_is_the_rate_at_evaluation(tmp_path):
     with open(tmp_path / "runs/quickstart/metrics.csv", newline="") as file:
         rates = [row["val/boundary_rate"] for row in csv.DictReader(file) if row.get("val/boundary_rate")]
     assert abs(float(rates[-1]) - 0.25) < 0.02
+
+
+@pytest.mark.slow
+def test_a_published_config_trains_resumes_and_loads_in_open_clip(tmp_path):
+    """configs/cc12m_10x.yaml with other data: the checkpoint, calibrated by training, is open_clip's as it is."""
+    generate_shapes(tmp_path / "shapes", ShapesParameters(num_train=32, num_val=8, num_test=1), processes=1)
+    config = str(CONFIG.parent / "cc12m_10x.yaml")
+    data = ["--data", str(tmp_path / "shapes" / "train"), "--data.init_args.batch_size", "8"]
+    arguments = ["fit", "--config", config, *data, "--data.init_args.num_workers", "0", "--trainer.accelerator", "cpu"]
+    run(tmp_path, *arguments, "--trainer.max_steps", "2")
+    run(tmp_path, *arguments, "--trainer.max_steps", "3", "--ckpt_path", "last")
+    last = tmp_path / "runs/cc12m_10x/checkpoints/last.ckpt"
+    assert torch.load(last, weights_only=True)["global_step"] == 3
+    task = Contrastive.load_from_checkpoint(last, weights_only=True).eval()
+    assert not task.model.visual.trunk.reducers["2"].boundary_calibration.boundary_threshold.isnan()
+    theirs = open_clip.create_model("DTP-ViT-B-32-10x", pretrained=str(last)).eval()
+    images, text = torch.randn(4, 3, 224, 224), task.tokenize(["a red circle", "two stars", "", "a cross"])
+    with torch.no_grad():
+        for ours, other in zip(task(images, text), theirs(images, text), strict=True):
+            torch.testing.assert_close(other, ours, rtol=0, atol=1e-5)

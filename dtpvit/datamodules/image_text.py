@@ -1,6 +1,7 @@
 """Image-text pairs in tar shards, as img2dataset writes them, and what a contrastive run is validated on."""
 
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -104,7 +105,8 @@ class ImageTextShards(L.LightningDataModule):
             self._train_shards = self._shards(self.train)
         if self.val is not None:
             self._val_shards = self._shards(self.val)
-        if self.zeroshot is not None and not self.zeroshot_required and not Path(self.zeroshot).exists():
+        one_path = self.zeroshot is not None and not re.search(r"[{*?\[]|::", self.zeroshot)
+        if self.zeroshot is not None and not self.zeroshot_required and one_path and not Path(self.zeroshot).exists():
             logger.warning("no zero-shot validation: %s does not exist", self.zeroshot)
             self.zeroshot = None
         if self.zeroshot is not None:
@@ -118,6 +120,11 @@ class ImageTextShards(L.LightningDataModule):
     def zeroshot_prompts(self) -> Prompts | None:
         """Class names in label order and prompt templates, after ``setup``; None without ``zeroshot``."""
         return self._prompts
+
+    @property
+    def zeroshot_class_indices(self) -> list[int] | None:
+        """Classes that are candidates, after ``setup``; None for all."""
+        return None if self._index is None else self._index.class_indices
 
     def train_dataloader(self) -> ResumableLoader[Any, Any]:
         """A loader that shuffles, resumes in mid-epoch, and gives all ranks equally many full batches."""

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from dtpvit.encoder.layers import Block, PatchEmbed, resize_position_embedding
 from dtpvit.encoder.ops.noise import advance_seed, checksum
 from dtpvit.encoder.ops.segments import Segments, pool_segments
-from dtpvit.encoder.reducers.base import Evidence, TokenReducer
+from dtpvit.encoder.reducers.base import Evidence, Reduction, TokenReducer
 from dtpvit.encoder.tokens import Layout, Tokens
 
 __all__ = ["Encoding", "VisionEncoder"]
@@ -120,7 +120,9 @@ class VisionEncoder(nn.Module):
 
     @property
     def needs_seed(self) -> bool:
-        return any(isinstance(reducer, TokenReducer) and reducer.needs_seed for reducer in self.reducers.values())
+        """Whether a reducer makes random choices in the present mode."""
+        when = ("training", "always") if self.training else ("always",)
+        return any(isinstance(reducer, TokenReducer) and reducer.draws in when for reducer in self.reducers.values())
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block in the backward pass instead of keeping its activations."""
@@ -178,13 +180,12 @@ class VisionEncoder(nn.Module):
         layouts: list[Layout] = []
         compression: dict[int, float] = {}
         for index, block in enumerate(self.blocks):
-            reducer = self._reducer(index)
-            if reducer is not None:
-                before = tokens
-                reduction = reducer(tokens, Evidence(threshold=(thresholds or {}).get(index)))
-                tokens = _next_seed(reduction.tokens)
+            reduction = self._reduce(index, tokens, (thresholds or {}).get(index))
+            if reduction is not None:
                 losses |= {f"block{index}/{name}": loss for name, loss in reduction.losses.items()}
-                compression[index] = _patch_tokens(before.layout) / max(1, _patch_tokens(tokens.layout))
+                after = reduction.tokens
+                compression[index] = _patch_tokens(tokens.layout) / max(1, _patch_tokens(after.layout))
+                tokens = after
             layouts.append(tokens.layout)
             tokens = self._run(block, tokens)
         tokens = tokens.with_features(self.norm(tokens.features))
@@ -208,14 +209,13 @@ class VisionEncoder(nn.Module):
         """
         tokens = self.embed(images, seeds)
         for earlier in range(index + 1):
-            reducer = self._reducer(earlier)
-            if reducer is not None:
-                # Any given threshold keeps the reducer from looking for one of its own.
-                threshold = thresholds.get(earlier, torch.zeros((), device=images.device))
-                reduction = reducer(tokens, Evidence(threshold=threshold))
+            # Any given threshold keeps the reducer from looking for one of its own.
+            threshold = thresholds.get(earlier, torch.zeros((), device=images.device))
+            reduction = self._reduce(earlier, tokens, threshold)
+            if reduction is not None:
                 if earlier == index:
                     return reduction.scores, _patch_tokens(tokens.layout)
-                tokens = _next_seed(reduction.tokens)
+                tokens = reduction.tokens
             tokens = self._run(self.blocks[earlier], tokens)
         raise ValueError(f"no reducer precedes block {index}")
 
@@ -235,9 +235,16 @@ class VisionEncoder(nn.Module):
         images = Segments(layout.image, layout.first, None, layout.opening, weight, total.clamp(min=1.0))
         return pool_segments(tokens.features, torch.zeros_like(weight), images)
 
-    def _reducer(self, index: int) -> TokenReducer | None:
+    def _reduce(self, index: int, tokens: Tokens, threshold: Tensor | None = None) -> Reduction | None:
+        """What the reducer before block ``index`` makes of the tokens, with a fresh seed for the next one."""
         key = str(index)
-        return self.reducers[key] if key in self.reducers else None  # pyright: ignore[reportReturnType]
+        if key not in self.reducers:
+            return None
+        reduction: Reduction = self.reducers[key](tokens, Evidence(threshold=threshold))
+        if reduction.tokens.seed is None:
+            return reduction
+        reseeded = replace(reduction.tokens, seed=advance_seed(reduction.tokens.seed))
+        return replace(reduction, tokens=reseeded)
 
     def _run(self, block: nn.Module, tokens: Tokens) -> Tokens:
         if self.grad_checkpointing and torch.is_grad_enabled():
@@ -254,12 +261,6 @@ def _grid(image_size: tuple[int, ...], patch_size: int) -> tuple[int, int]:
 
 def _draw_seeds(count: int, device: torch.device) -> Tensor:
     return torch.randint(1 << 62, (count,), dtype=torch.int64).to(device)
-
-
-def _next_seed(tokens: Tokens) -> Tokens:
-    if tokens.seed is None:
-        return tokens
-    return replace(tokens, seed=advance_seed(tokens.seed))
 
 
 def _patch_tokens(layout: Layout) -> int:

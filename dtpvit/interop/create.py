@@ -43,12 +43,13 @@ def build_clip(config: Mapping[str, Any]) -> DualEncoder:
         UserError: If an entry is unknown or does not fit.
     """
     trunk = build_trunk(config["vision"])
+    scale = config.get("init_logit_scale")
     try:
         return DualEncoder(
             VisualTower(trunk, config["embed_dim"]),
             config["embed_dim"],
             text=config["text"],
-            init_logit_scale=config.get("init_logit_scale") or math.log(1 / 0.07),
+            init_logit_scale=math.log(1 / 0.07) if scale is None else scale,
             init_logit_bias=config.get("init_logit_bias"),
         )
     except (TypeError, ValueError) as error:
@@ -82,7 +83,7 @@ def create_encoder(
         overrides["reducers"] = reducers
     encoder = build_trunk(vision, **overrides)
     if init is not None:
-        logger.info("%s", load_dense(encoder, init))
+        logger.warning("%s", load_dense(encoder, init))
     return encoder
 
 
@@ -98,5 +99,5 @@ def create_clip(model: str | Mapping[str, Any], *, init: str | Path | None = Non
     """
     clip = build_clip(model_config(model))
     if init is not None:
-        logger.info("%s", load_dense(clip, init))
+        logger.warning("%s", load_dense(clip, init))
     return clip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dtpvit.encoder import DualEncoder, VisionEncoder
-from dtpvit.encoder.layers import resize_position_embedding
+from dtpvit.encoder.layers import QuickGELU, resize_position_embedding
 from dtpvit.errors import UserError
 from dtpvit.interop.weight_files import read_checkpoint, state_of
 
@@ -46,15 +47,20 @@ class Transfer:
         taken: Names of the model's tensors that were set.
         left: Tensors of the source that were not used, and why.
         fresh: Names of the model's tensors that keep their initial values, and why.
+        notes: What no tensor shows.
     """
 
     source: str
     taken: list[str] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
     fresh: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
+        groups = Counter(re.sub(r"\.\d+\.", ".*.", name) for name in self.taken)
         lines = [f"initialised from {self.source}: {len(self.taken)} tensors taken"]
+        lines += [f"  taken: {name}" + (f" ({count})" if count > 1 else "") for name, count in groups.items()]
+        lines += [f"  note: {note}" for note in self.notes]
         lines += [f"  not taken: {name} ({why})" for name, why in self.left.items()]
         lines += [f"  kept fresh: {name} ({why})" for name, why in self.fresh.items()]
         return "\n".join(lines)
@@ -146,6 +152,9 @@ def load_dense(model: VisionEncoder | DualEncoder, source: str | Path) -> Transf
         transfer.taken.append(name)
     if not transfer.taken:
         raise UserError(f"{source} shares no tensor with this model; it holds {sorted(state)[:4]}")
+    quick = any(hint in str(source).lower() for hint in ("quickgelu", "openai"))
+    if quick and not isinstance(trunk.blocks[0].mlp.act, QuickGELU):
+        transfer.notes.append("the source was trained with QuickGELU, this model has GELU; give vision act: quick_gelu")
     for name in sorted(set(mine) - set(transfer.taken)):
         why = "no dense model has it" if "boundary" in name else "the source has none that fits"
         transfer.fresh[name] = why
@@ -153,7 +162,7 @@ def load_dense(model: VisionEncoder | DualEncoder, source: str | Path) -> Transf
 
 
 def _fit_positions(embedding: Tensor, trunk: VisionEncoder) -> Tensor:
-    if embedding.shape[-1] != trunk.dim:
+    if embedding.shape[-1] != trunk.dim or embedding.shape == trunk.pos_embed.shape:
         return embedding
     side = round((embedding.shape[1] - 1) ** 0.5)
     if side * side != embedding.shape[1] - 1:

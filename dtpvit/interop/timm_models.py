@@ -11,7 +11,6 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from dtpvit.encoder import VisionEncoder
-from dtpvit.encoder.reducers.base import Evidence
 from dtpvit.interop.create import build_trunk
 from dtpvit.interop.model_config import trunk_config
 
@@ -92,9 +91,8 @@ class TimmVisionEncoder(VisionEncoder):
         tokens = self.embed(x)
         found = []
         for index, block in enumerate(self.blocks[: last + 1] if stop_early else self.blocks):
-            reducer = self._reducer(index)
-            if reducer is not None:
-                tokens = reducer(tokens, Evidence()).tokens
+            reduction = self._reduce(index, tokens)
+            tokens = tokens if reduction is None else reduction.tokens
             tokens = self._run(block, tokens)
             if index in take:
                 features = self.norm(tokens.features) if norm else tokens.features

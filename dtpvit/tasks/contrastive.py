@@ -16,7 +16,9 @@ from timm.optim._optim_factory import create_optimizer_v2
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from dtpvit.datamodules.samples import CAUSES
 from dtpvit.encoder import Encoding
+from dtpvit.encoder.ops.collectives import add_up
 from dtpvit.errors import UserError
 from dtpvit.interop.create import build_clip
 from dtpvit.interop.dense_weights import load_dense
@@ -111,6 +113,9 @@ class Contrastive(lightning.LightningModule):
             return
         if self.hparams["init"] is not None and self.trainer.ckpt_path is None:
             logger.info("%s", load_dense(self.model, self.hparams["init"]))
+        rates = {getattr(reducer, "rate", None) for reducer in self.model.visual.trunk.reducers.values()}
+        if self.hparams["accum_freq"] > 1 and "ratio" in rates:
+            raise UserError("the rate loss 'ratio' is of a whole batch and accum_freq cuts it; use another or 1")
         world, rank = self.trainer.world_size, self.trainer.global_rank
         if self.model.logit_bias is not None:
             self.loss: nn.Module = SigLipLoss(rank=rank, world_size=world)
@@ -175,7 +180,8 @@ class Contrastive(lightning.LightningModule):
         images = [self.normalise(piece["image"]) for piece in micro]
         thresholds = joint_thresholds(self.model.visual.trunk, images, [piece["seed"] for piece in micro])
         self._cached = CachedStep(micro, self._features, thresholds)
-        return Features(self._cached.image, self._cached.text, self._cached.penalty.mean())
+        share = torch.tensor([len(piece["image"]) for piece in micro], device=self.device) / len(batch["image"])
+        return Features(self._cached.image, self._cached.text, (self._cached.penalty * share).sum())
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         self._last_loss = loss.detach()
@@ -188,21 +194,22 @@ class Contrastive(lightning.LightningModule):
 
     def on_after_backward(self) -> None:
         self.model.visual.trunk.after_backward()
-        if self.trainer.precision != "16-mixed":  # there the gradient scaler skips such steps itself
-            self.guard.after_backward(self._last_loss, self.parameters())
-            if self.guard.skipped:
-                self.log("train/skipped_steps", float(self.guard.skipped))
+        self.guard.after_backward(self._last_loss, self.parameters(), scaled=self.trainer.precision == "16-mixed")
+        if self.guard.skipped:
+            self.log("train/skipped_steps", float(self.guard.skipped))
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         with torch.no_grad():
             self.model.logit_scale.clamp_(0.0, math.log(100))
 
     def on_train_epoch_end(self) -> None:
-        """Report the samples that could not be used, by cause."""
-        skipped: dict[str, int] = getattr(self.trainer.train_dataloader, "skipped", {})
+        """Report the samples that could not be used, by cause, over all ranks."""
+        mine: dict[str, int] = getattr(self.trainer.train_dataloader, "skipped", {})
+        counts = add_up(*(mine.get(cause, 0) for cause in CAUSES), device=self.device)
+        skipped = {cause: count for cause, count in zip(CAUSES, counts, strict=True) if count}
         for cause, count in skipped.items():
             self.log(f"data/skipped/{cause.replace(' ', '_')}", float(count))
-        if skipped:
+        if skipped and self.trainer.is_global_zero:
             causes = ", ".join(f"{count} {cause}" for cause, count in skipped.items())
             logger.warning("epoch %d: skipped %s", self.current_epoch + 1, causes)
 

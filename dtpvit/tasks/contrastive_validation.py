@@ -28,6 +28,8 @@ class ContrastiveValidation(nn.Module):
         self.acc1, self.acc5 = MeanMetric(), MeanMetric()
         self.tokens, self.rate, self.zeroshot_tokens = MeanMetric(), MeanMetric(), MeanMetric()
         self._classifier: Tensor | None = None
+        self._column = torch.zeros(0, dtype=torch.int64)
+        self._width = 0
         self._pairs: list[tuple[Tensor, Tensor]] = []
 
     def start(self, task: Contrastive) -> None:
@@ -39,8 +41,19 @@ class ContrastiveValidation(nn.Module):
         data: Any = getattr(task.trainer, "datamodule", None)
         prompts = getattr(data, "zeroshot_prompts", None)
         self._classifier = None
+        self._width = task.model.text_projection.shape[1]
         if prompts is not None:
-            self._classifier = build_classifier(task.model, task.tokenize, *prompts, device=task.device)
+            names, templates = prompts
+            # ImageNet-A and -R have 200 of the 1,000 classes; the others are no candidates.
+            columns = data.zeroshot_class_indices or list(range(len(names)))
+            self._column = torch.full((len(names),), -1).index_copy(
+                0, torch.tensor(columns), torch.arange(len(columns))
+            )
+            chosen = [names[column] for column in columns]
+            progress = task.trainer.is_global_zero
+            self._classifier = build_classifier(
+                task.model, task.tokenize, chosen, templates, device=task.device, progress=progress
+            )
 
     def step(self, task: Contrastive, batch: Any) -> None:
         """Take in a batch of pairs or of labelled images."""
@@ -52,7 +65,8 @@ class ContrastiveValidation(nn.Module):
             text = task.model.encode_text(batch["text"], normalize=True)
             self._pairs.append((normalize(image.float(), dim=-1), text.float()))
         elif self._classifier is not None:
-            ranks = label_ranks(image, self._classifier, batch["label"])
+            label = self._column.to(image.device)[batch["label"]]
+            ranks = label_ranks(image, self._classifier, label)
             self.zeroshot_tokens.update(lengths)
             self.acc1.update((ranks < 1).to(torch.float32))
             self.acc5.update((ranks < 5).to(torch.float32))
@@ -60,12 +74,15 @@ class ContrastiveValidation(nn.Module):
     def results(self) -> dict[str, float | Tensor]:
         """All figures of the pass, the same on all ranks."""
         found: dict[str, float | Tensor] = {}
-        if self._pairs:
+        # Every rank takes part in every collective, also one that was left without a pair.
+        sides = zip(*self._pairs, strict=True) if self._pairs else [(torch.zeros(0, self._width),)] * 2
+        device = self.tokens.device
+        image, text = (gather_columns(torch.cat(tuple(side)).to(device).T).T for side in sides)
+        self._pairs.clear()
+        if len(image):
             found["tokens"], found["boundary_rate"] = self.tokens.compute(), self.rate.compute()
-            image, text = (gather_columns(torch.cat(side).T).T for side in zip(*self._pairs, strict=True))
-            places = torch.arange(len(image), device=image.device)
+            places = torch.arange(len(image), device=device)
             found |= recall_at_k(image, text, torch.stack((places, places), dim=1))
-            self._pairs.clear()
         if self._classifier is not None:
             found["zeroshot_acc1"], found["zeroshot_acc5"] = self.acc1.compute(), self.acc5.compute()
             found["zeroshot_tokens"] = self.zeroshot_tokens.compute()

@@ -42,7 +42,7 @@ def warmup_cosine(warmup: int, total: int) -> Callable[[int], float]:
 
 
 class NonFiniteGuard:
-    """Skips a step whose loss is NaN or infinite on any rank, and gives up after too many in a row.
+    """Skips a step whose loss or gradient is NaN or infinite on any rank, and gives up after too many in a row.
 
     Args:
         patience: Consecutive skipped steps after which the run stops.
@@ -53,28 +53,38 @@ class NonFiniteGuard:
         self.skipped = 0
         self.in_a_row = 0
 
-    def finite_everywhere(self, loss: Tensor) -> bool:
-        """Whether the loss is finite on all ranks."""
-        flag = torch.isfinite(loss.detach()).to(torch.float32)
+    def finite_everywhere(self, values: Iterable[Tensor]) -> bool:
+        """Whether all values are finite on all ranks."""
+        norms = torch._foreach_norm([value.detach() for value in values])
+        flag = torch.isfinite(torch.stack([norm.to(torch.float32) for norm in norms]).sum()).to(torch.float32)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MIN)
         return bool(flag.item())
 
-    def after_backward(self, loss: Tensor, parameters: Iterable[nn.Parameter]) -> None:
-        """Drop all gradients if the loss is not finite, so that the optimizer's step changes nothing.
+    def after_backward(self, loss: Tensor, parameters: Iterable[nn.Parameter], *, scaled: bool) -> None:
+        """Drop all gradients if the loss or one of them is not finite, so that the optimizer's step changes nothing.
+
+        Args:
+            loss: Of this rank.
+            parameters: Of the model.
+            scaled: Whether a gradient scaler (fp16) looks after the gradients; it expects to overflow at times and
+                skips such steps itself, so that only the loss is looked at and nothing is dropped.
 
         Raises:
             RuntimeError: After ``patience`` such steps in a row.
         """
-        if self.finite_everywhere(loss):
+        parameters = list(parameters)
+        grads = [] if scaled else [parameter.grad for parameter in parameters if parameter.grad is not None]
+        if self.finite_everywhere([loss, *grads]):
             self.in_a_row = 0
             return
-        for parameter in parameters:
-            parameter.grad = None
+        if not scaled:
+            for parameter in parameters:
+                parameter.grad = None
         self.skipped += 1
         self.in_a_row += 1
         if self.in_a_row >= self.patience:
             raise RuntimeError(
-                f"the loss was NaN or infinite for {self.in_a_row} steps in a row; lower the learning rate, clip "
-                "gradients (--trainer.gradient_clip_val 1.0), or use --trainer.precision 32-true"
+                f"the loss or its gradient was NaN or infinite for {self.in_a_row} steps in a row; lower the learning "
+                "rate, clip gradients (--trainer.gradient_clip_val 1.0), or use --trainer.precision 32-true"
             )

@@ -26,6 +26,16 @@ def test_threshold_follows_logits_that_drift():
     assert abs(above - 0.25) < 0.07  # the window's middle lags by 4 steps of 0.05
 
 
+def test_a_step_that_is_no_number_is_as_if_it_had_not_been():
+    calibration = BoundaryCalibration()
+    calibration.observe(torch.full((100,), float("nan")), 0.25)
+    assert calibration.boundary_threshold.isnan()  # still never calibrated
+    calibration.observe(torch.randn(4000), 0.25)
+    before = calibration.boundary_threshold.clone()
+    calibration.observe(torch.full((100,), float("nan")), 0.25)
+    assert torch.equal(calibration.boundary_threshold, before)
+
+
 def test_an_unsure_predictor_keeps_its_rate_at_evaluation():
     """The trap: trained with noise, a predictor with p = 1/4 everywhere would place no boundary at logit > 0."""
     torch.manual_seed(0)

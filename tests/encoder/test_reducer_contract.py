@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from dtpvit.encoder import Layout, Tokens, VisionEncoder
+from dtpvit.encoder import Tokens, VisionEncoder
 from dtpvit.encoder.reducers import DynamicPooling, Evidence, FixedStride, GridPooling, RandomBoundaries
 
 D, GRID, PREFIX = 96, (6, 5), 1
@@ -156,16 +156,17 @@ def test_bfloat16_decides_like_float32(make):
     rounded = tokens.with_features(tokens.features.bfloat16())
     found = copy.deepcopy(reducer).to(torch.bfloat16)(rounded, Evidence()).tokens
     assert found.features.dtype == torch.bfloat16 and found.size.dtype == torch.float32
-    same = (found.source == expected.source).double().mean()
-    boundaries = [len(t.features) for t in (found, expected)]
-    assert abs(boundaries[0] - boundaries[1]) / boundaries[1] < 0.05
-    if not isinstance(reducer, DynamicPooling):
-        assert same == 1
+    assert (starts_of(found) == starts_of(expected)).double().mean() >= 0.99
     for name, buffer in copy.deepcopy(reducer).to(torch.bfloat16).state_dict().items():
         assert "null" in name or buffer.dtype == torch.float32, name
     if isinstance(reducer, DynamicPooling):  # the very same features decide the very same way, whatever their type
         again = reducer(rounded.with_features(rounded.features.float()), Evidence()).tokens
         assert torch.equal(again.source, found.source)
+
+
+def starts_of(tokens):
+    """Whether each patch is in another token than the one before it on the raster line."""
+    return torch.cat([image.source.diff() != 0 for image in tokens.split()])
 
 
 def test_names_of_predictors_say_boundary(make):
@@ -199,6 +200,7 @@ def test_grid_pooling_twice_and_off_the_grid():
         ({"compression": 2, "router": "oracle"}, "expected one of mlp"),
         ({"compression": 2, "rate": "hope"}, "expected quantile"),
         ({"compression": 2, "rate": "ratio"}, "with rate 'ratio' use another"),
+        ({"compression": 2, "rate": "ratio", "budget": "fixed"}, "nothing to hold"),
         ({"compression": 2, "budget": "free"}, "dynamic or fixed"),
         ({"compression": 2, "estimator": "x"}, "dtp, symmetric"),
     ],
@@ -212,4 +214,3 @@ def test_training_without_a_seed_is_refused():
     tokens = Tokens.from_dense(torch.randn(2, 7, D), num_prefix=1, grid=(2, 3))
     with pytest.raises(ValueError, match=r"tokens\.seed"):
         DynamicPooling(D, compression=2).train()(tokens, Evidence())
-    assert isinstance(tokens.layout, Layout)

@@ -73,6 +73,16 @@ def test_our_own_checkpoint_starts_another_variant(checkpoint):
     assert not transfer.fresh and all("boundary" in name for name in transfer.left)
 
 
+def test_positions_of_a_grid_that_is_not_square_are_kept(tmp_path):
+    wide = {**VISION, "image_size": (32, 128)}  # 2 x 8 patches, as many as 4 x 4
+    one, other = build_clip({**CONFIG, "vision": wide}), build_clip({**CONFIG, "vision": wide})
+    torch.save(one.state_dict(), tmp_path / "wide.pt")
+    load_dense(other, tmp_path / "wide.pt")
+    assert torch.equal(other.visual.trunk.pos_embed, one.visual.trunk.pos_embed)
+    images = torch.randn(2, 3, 32, 128)
+    torch.testing.assert_close(other.eval().encode_image(images), one.eval().encode_image(images))
+
+
 def test_another_width_another_patch_and_nothing_in_common(tmp_path):
     encoder = create_encoder("vit_tiny_patch16_224")
     torch.save(timm.create_model("vit_small_patch16_224").state_dict(), tmp_path / "small.pth")
@@ -116,7 +126,7 @@ def test_damaged_and_foreign_files_are_refused_in_a_sentence(checkpoint, tmp_pat
 
 
 def test_real_weights_keep_their_accuracy(shared_data):
-    """The released DeiT-Tiny on real photographs, in our encoder: the reference logits to 1e-4, and the known loss."""
+    """DeiT-Tiny on every tenth photograph of the sample: timm's logits to 1e-4, and about its 77.9 % of all of them."""
     import csv
 
     from PIL import Image
@@ -137,4 +147,30 @@ def test_real_weights_keep_their_accuracy(shared_data):
         ours, theirs = encoder(images), reference.eval()(images)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
     labels = torch.tensor([int(row["label"]) for row in rows])
-    assert (ours.argmax(1) == labels).double().mean() > 0.7
+    assert 0.7 < (ours.argmax(1) == labels).double().mean() < 0.87
+
+
+@pytest.mark.slow
+def test_real_weights_reach_their_known_accuracy_and_loss(shared_data):
+    """All 1,000 photographs with timm's evaluation transform: 77.9 / 94.0, cross-entropy 1.022."""
+    import csv
+
+    from PIL import Image
+    from timm.data import create_transform, resolve_data_config
+
+    encoder = timm.create_model("dtp_vit_tiny_patch16_224_1x", num_classes=1000).eval()
+    state = torch.load(shared_data / "weights/deit_tiny_patch16_224.pth", weights_only=True)["model"]
+    encoder.load_state_dict(state)
+    transform = create_transform(**resolve_data_config({}, model=timm.create_model("deit_tiny_patch16_224")))
+    with open(shared_data / "imagenet_sample/labels.tsv", newline="") as file:
+        rows = list(csv.DictReader(file, delimiter="\t"))
+    logits = []
+    with torch.no_grad():
+        for start in range(0, len(rows), 100):
+            paths = [shared_data / f"imagenet_sample/{row['wnid']}.jpg" for row in rows[start : start + 100]]
+            logits.append(encoder(torch.stack([transform(Image.open(path).convert("RGB")) for path in paths])))
+    found, labels = torch.cat(logits), torch.tensor([int(row["label"]) for row in rows])
+    top = found.topk(5).indices == labels[:, None]
+    assert top[:, 0].double().mean().item() == pytest.approx(0.779, abs=0.002)
+    assert top.any(1).double().mean().item() == pytest.approx(0.940, abs=0.002)
+    assert torch.nn.functional.cross_entropy(found, labels).item() == pytest.approx(1.022, abs=0.003)

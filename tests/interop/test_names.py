@@ -85,6 +85,15 @@ def test_timm_contract_of_the_forward_functions(trunk):
         trunk.forward_intermediates(images, output_fmt="NHWC")
 
 
+def test_intermediates_take_the_same_decisions_as_the_forward_pass():
+    random = {"class_path": "RandomBoundaries", "init_args": {"compression": 2}}
+    trunk = timm.create_model(trunk_name({**SMALL, "reducers": {1: random, 2: random}})).eval()
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        last, _ = trunk.forward_intermediates(images)
+        torch.testing.assert_close(last, trunk.forward_features(images))
+
+
 def test_timm_contract_of_classifier_size_and_groups(trunk):
     assert trunk.num_features == 64 and isinstance(trunk.default_cfg, dict)
     trunk.reset_classifier(0)

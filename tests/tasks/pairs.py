@@ -49,7 +49,7 @@ class Pairs(L.LightningDataModule):
 
 
 class Record(L.Callback):
-    """Writes what each rank saw: boundaries, loss and gradients of the last step."""
+    """Writes what each rank saw: boundaries, loss and gradients of every step."""
 
     def __init__(self, folder):
         self.folder = Path(folder)
@@ -67,7 +67,7 @@ class Record(L.Callback):
         threshold = pl_module.model.visual.trunk.reducers["1"].boundary_calibration.boundary_threshold
         found = {"grads": grads, "sources": list(self.sources), "threshold": threshold.clone()}
         found["loss"] = trainer.callback_metrics["train/loss"].clone()
-        torch.save(found, self.folder / f"rank{trainer.global_rank}.pt")
+        torch.save(found, self.folder / f"rank{trainer.global_rank}-step{trainer.global_step}.pt")
 
 
 def fit(module, folder, **options):

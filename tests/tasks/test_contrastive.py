@@ -9,7 +9,6 @@ import open_clip
 import pytest
 import torch
 
-import dtpvit
 from dtpvit.errors import UserError
 from dtpvit.tasks.contrastive import Contrastive
 from dtpvit.tasks.optimization import decay_groups
@@ -24,8 +23,12 @@ pytestmark = [
 ]
 
 
-def load(folder, rank=0):
-    return torch.load(Path(folder) / f"rank{rank}.pt", weights_only=True)
+def load(folder, rank=0, step=0):
+    return torch.load(Path(folder) / f"rank{rank}-step{step}.pt", weights_only=True)
+
+
+def steps(folder, rank=0):
+    return [load(folder, rank, step) for step in range(3)]
 
 
 @pytest.fixture(scope="module", params=["regression", "symmetric"])
@@ -38,21 +41,20 @@ def whole(tmp_path_factory, estimator):
     """Three steps of one process on the whole batch; the later ones know the baseline of the one before."""
     folder = tmp_path_factory.mktemp("whole")
     pairs.fit(pairs.task(model=pairs.config(estimator=estimator)), folder, max_steps=3)
-    return load(folder)
+    return steps(folder)
 
 
 def test_the_contrastive_loss_alone_teaches_every_boundary_parameter(whole):
-    names = [name for name in whole["grads"] if "boundary" in name]
-    assert len(names) == 5  # norm, fc1 with their biases, and the last layer, which has none
-    assert all(whole["grads"][name].any() for name in names)
-    assert set(whole["grads"]) == {name for name, _ in pairs.task().named_parameters()}
-    assert all(grad.isfinite().all() and grad.any() for grad in whole["grads"].values())
+    grads = whole[0]["grads"]
+    assert len([name for name in grads if "boundary" in name]) == 5  # norm and fc1 with biases, the last layer without
+    assert set(grads) == {name for name, _ in pairs.task().named_parameters()}
+    assert all(grad.isfinite().all() and grad.any() for grad in grads.values())
 
 
 @pytest.mark.parametrize("pieces", [2, 3])
 def test_accumulation_keeps_negatives_boundaries_loss_and_gradients(pieces, estimator, whole, tmp_path):
     pairs.fit(pairs.task(model=pairs.config(estimator=estimator), accum_freq=pieces), tmp_path, max_steps=3)
-    check_same([load(tmp_path)], whole, first_pass=pieces)
+    check_same([steps(tmp_path)], whole, first_pass=pieces)
 
 
 def test_accumulation_replays_stochastic_depth(tmp_path):
@@ -78,31 +80,38 @@ def test_two_processes_equal_one_on_the_joined_batch(pieces, estimator, whole, t
     several = {"devices": 2, "strategy": "ddp_spawn", "use_distributed_sampler": False}
     model = pairs.task(model=pairs.config(estimator=estimator), accum_freq=pieces)
     pairs.fit(model, tmp_path, max_steps=3, **several)
-    check_same([load(tmp_path, rank) for rank in range(2)], whole, first_pass=pieces if pieces > 1 else 0)
+    check_same([steps(tmp_path, rank) for rank in range(2)], whole, first_pass=pieces if pieces > 1 else 0)
 
 
 def check_same(ranks, whole, first_pass):
-    """Boundaries of all images, the mean loss and the averaged gradients equal those of one process."""
-    sources = []
-    for rank in ranks:  # with accumulation: scores, cached features, then features with a graph
-        sources += rank["sources"][first_pass : 2 * first_pass] if first_pass else rank["sources"]
-        torch.testing.assert_close(rank["threshold"], whole["threshold"], rtol=0, atol=2e-5)
-        assert set(rank["grads"]) == set(whole["grads"])
-        for name, grad in rank["grads"].items():
-            expected = whole["grads"][name]
-            # After three steps; the logarithm of small votes magnifies the rounding of sums taken in another order.
-            torch.testing.assert_close(grad, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()), msg=name)
-    assert torch.equal(torch.cat(sources), torch.cat(whole["sources"]))
-    loss = torch.stack([rank["loss"] for rank in ranks]).mean()
-    torch.testing.assert_close(loss, whole["loss"], rtol=1e-5, atol=1e-6)
+    """Boundaries of all images, the mean loss and the averaged gradients equal those of one process.
+
+    Exactly but for rounding in the first step; by the third, weights have drifted apart by that rounding, and the
+    logarithm of small votes magnifies it.
+    """
+    for step, tolerance in ((0, 1e-5), (2, 1e-3)):
+        expected, found = whole[step], [rank[step] for rank in ranks]
+        sources = []
+        for rank in found:  # with accumulation: scores, cached features, then features with a graph
+            sources += rank["sources"][first_pass : 2 * first_pass] if first_pass else rank["sources"]
+            torch.testing.assert_close(rank["threshold"], expected["threshold"], rtol=0, atol=2 * tolerance)
+            assert set(rank["grads"]) == set(expected["grads"])
+            for name, grad in rank["grads"].items():
+                wanted = expected["grads"][name]
+                atol = tolerance * float(wanted.abs().max())
+                torch.testing.assert_close(grad, wanted, rtol=tolerance, atol=atol, msg=f"{name} at step {step}")
+        assert torch.equal(torch.cat(sources), torch.cat(expected["sources"]))
+        loss = torch.stack([rank["loss"] for rank in found]).mean()
+        torch.testing.assert_close(loss, expected["loss"], rtol=1e-5, atol=1e-6)
 
 
-def test_a_step_without_a_finite_loss_changes_nothing_and_stops_after_some(tmp_path):
+@pytest.mark.parametrize("spoil", ["nan", "inf"])
+def test_a_step_without_a_finite_loss_changes_nothing_and_stops_after_some(spoil, tmp_path):
     model = pairs.task(max_nonfinite=3, optimizer="adamw")
     before = copy.deepcopy(model.state_dict())
     model.guard.patience = 99
     real = model._contrastive_loss
-    model._contrastive_loss = lambda image, text: real(image, text) * float("nan")
+    model._contrastive_loss = lambda image, text: real(image, text) * float(spoil)
     pairs.fit(model, tmp_path, max_steps=2)
     after = model.state_dict()
     assert model.guard.skipped == 2
@@ -128,8 +137,12 @@ def test_logit_scale_is_clamped(tmp_path):
 
 
 def test_clipping_works_with_accumulation(tmp_path):
-    pairs.fit(pairs.task(accum_freq=2), tmp_path, gradient_clip_val=1e-3)
-    assert load(tmp_path)["grads"]  # recorded before the clip; the fit itself raised nothing
+    """The first step of timm's sgd (rate 1, Nesterov momentum 0.9) is 1.9 clipped gradients long."""
+    model = pairs.task(accum_freq=2, learning_rate=1.0, weight_decay=0.0)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    pairs.fit(model, tmp_path, gradient_clip_val=1e-3)
+    moved = [(new.detach() - old).flatten() for new, old in zip(model.parameters(), before, strict=True)]
+    assert torch.cat(moved).norm().item() == pytest.approx(1.9e-3, rel=2e-2)
 
 
 def test_only_matrices_decay():
@@ -162,7 +175,6 @@ def test_a_checkpoint_is_open_clip_s(tmp_path):
     again = Contrastive.load_from_checkpoint(tmp_path / "last.ckpt", weights_only=True)
     for name, value in model.state_dict().items():
         torch.testing.assert_close(again.state_dict()[name], value, equal_nan=True)
-    assert dtpvit.__version__
 
 
 @pytest.mark.parametrize(
@@ -178,3 +190,18 @@ def test_a_checkpoint_is_open_clip_s(tmp_path):
 def test_arguments_that_do_not_fit_are_refused_in_a_sentence(options, message):
     with pytest.raises(UserError, match=message):
         pairs.task(**options)
+
+
+def rated(rate):
+    init = {"compression": 4, "rate": rate, "estimator": "dtp"}
+    return pairs.task(model=pairs.config({1: {"class_path": "DynamicPooling", "init_args": init}}), accum_freq=4)
+
+
+def test_a_rate_loss_of_the_whole_batch_cannot_be_cut(tmp_path):
+    with pytest.raises(UserError, match="'ratio' is of a whole batch"):
+        pairs.fit(rated("ratio"), tmp_path)
+
+
+def test_rate_losses_of_unequal_pieces_are_those_of_the_whole_batch():
+    model, batch = rated("binomial").train(), pairs.batch(10)  # in pieces of 3, 3, 3 and 1
+    torch.testing.assert_close(model._cached_features(batch, 4).penalty, model._features(batch, {}).penalty)

@@ -129,7 +129,13 @@ def _unpad(rows: Tensor, layout: Layout) -> Tensor:
 
 
 def _has_varlen_kernel(q: Tensor) -> bool:
-    return q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
+    """Flash attention: half precision, from the Ampere generation on."""
+    return q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and _capability(q.device) >= (8, 0)
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 @cache
@@ -147,6 +153,8 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, layout: Layout, key_bias: Tensor | 
     scale = dim**-0.5
     if key_bias is not None:
         q, k, v = fold_key_bias(q, k, v, key_bias)
+    elif dim % 8:
+        q, k, v = (torch.nn.functional.pad(x, (0, -dim % 8)) for x in (q, k, v))
     known = _varlen_parameters()
     options: dict[str, object] = {}
     if "scale" in known:
@@ -155,6 +163,8 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, layout: Layout, key_bias: Tensor | 
         q = q * (scale * q.shape[-1] ** 0.5)
     if causal:
         options.update({"is_causal": True} if "is_causal" in known else {"window_size": (-1, 0)})
+    if "num_splits" in known:
+        options["num_splits"] = 1  # chosen by the kernel it would follow the longest image of the batch
     borders, longest = layout.cumulative, layout.longest
     out: Any = varlen_attn(q, k, v, borders, borders, longest, longest, **options)  # pyright: ignore
     return out[..., :dim]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -63,8 +65,8 @@ def binomial_loss(counts: Tensor, lengths: Tensor, rate: float) -> Tensor:
     n = lengths.to(torch.float32)
     k = counts.clamp(min=0.0).minimum(n)
     combinations = torch.lgamma(n + 1) - torch.lgamma(k + 1) - torch.lgamma(n - k + 1)
-    log_rate = torch.log(torch.tensor(rate, device=n.device))
-    log_rest = torch.log1p(torch.tensor(-rate, device=n.device))
+    log_rate = math.log(rate)
+    log_rest = math.log1p(-rate) if rate < 1 else 0.0  # at rate 1 nothing is left over
     return -((combinations + k * log_rate + (n - k) * log_rest) / n).mean()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
+from typing import Literal
 
 from torch import Tensor, nn
 
@@ -49,11 +50,11 @@ class TokenReducer(nn.Module, ABC):
 
     Attributes:
         drops: Whether patches may be lost.
-        needs_seed: Whether it makes random choices, as a function of ``tokens.seed``.
+        draws: When it makes random choices, as a function of ``tokens.seed``.
     """
 
     drops: bool = False
-    needs_seed: bool = False
+    draws: Literal["never", "training", "always"] = "never"
 
     @abstractmethod
     def forward(self, tokens: Tokens, evidence: Evidence) -> Reduction:

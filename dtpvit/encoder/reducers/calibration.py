@@ -45,12 +45,17 @@ class BoundaryCalibration(FullPrecision):
         level = (torch.arange(resolution, device=logits.device) + 0.5) / resolution
         row = logits.to(torch.float32).sort().values[(level * len(logits)).long()]
         # The window slides; copying 32 KiB a step is cheaper than a position that every rank must agree on.
-        self.boundary_window.copy_(torch.cat((self.boundary_window[1:], row[None])))
-        self.boundary_share.copy_(torch.cat((self.boundary_share[1:], self.boundary_share.new_tensor([share]))))
+        window = torch.cat((self.boundary_window[1:], row[None]))
+        shares = torch.cat((self.boundary_share[1:], torch.full_like(self.boundary_share[:1], share)))
+        # A step whose logits are not all numbers is as if it had not been.
+        whole = row.isfinite().all()
+        self.boundary_window.copy_(torch.where(whole, window, self.boundary_window))
+        self.boundary_share.copy_(torch.where(whole, shares, self.boundary_share))
         seen = self.boundary_window.flatten().sort().values  # NaN, not yet filled, sorts last
         known = (~self.boundary_share.isnan()).sum()
-        cut = ((1 - self.boundary_share.nanmean()) * known * resolution).round().long()
-        last = known * resolution - 1
-        threshold = (seen[(cut - 1).clamp(min=0)] + seen[torch.minimum(cut, last)]) / 2
+        cut = ((1 - self.boundary_share.nanmean().nan_to_num()) * known * resolution).round().long()
+        last = (known * resolution - 1).clamp(min=0)
+        around = torch.stack(((cut - 1).clamp(min=0), torch.minimum(cut, last)))
+        threshold = seen.index_select(0, around).mean()
         threshold = torch.where(cut == 0, -torch.inf, torch.where(cut > last, torch.inf, threshold))
-        self.boundary_threshold.copy_(threshold)
+        self.boundary_threshold.copy_(torch.where(known > 0, threshold, torch.nan))

@@ -58,7 +58,7 @@ class RandomBoundaries(BoundaryPooling):
         proportional: Size-proportional attention after pooling.
     """
 
-    needs_seed = True
+    draws = "always"
 
     def __init__(
         self,

@@ -50,7 +50,8 @@ class DynamicPooling(BoundaryPooling):
             averaging weights (:mod:`dtpvit.encoder.ops.segments`).
         rate: What holds the mean rate: ``"quantile"``, the threshold is the quantile of the whole batch's noisy logits
             that gives it, over all ranks; or one of the published losses ``"binomial"`` (a prior on each image's
-            count), ``"ratio"`` (H-Net's, on the batch) and ``"band"`` (a hinge on each image's rate), with threshold 0.
+            count), ``"ratio"`` (H-Net's, on this process's batch) and ``"band"`` (a hinge on each image's rate), with
+            threshold 0.
         rate_weight: Weight of the rate loss.
         band: Half-width of the band around 1 / compression, as a share of it.
         budget: ``"dynamic"``: counts vary from image to image; ``"fixed"``: the top ceil(N / compression) logits of
@@ -64,7 +65,7 @@ class DynamicPooling(BoundaryPooling):
         ValueError: If an argument is out of range.
     """
 
-    needs_seed = True
+    draws = "training"
 
     def __init__(
         self,
@@ -97,6 +98,8 @@ class DynamicPooling(BoundaryPooling):
         self.boundary_calibration = None if self.fixed else BoundaryCalibration()
         # Both kinds of threshold follow the logits; only a rate loss holds them in place.
         follows = (rate == "quantile" or self.fixed) and not self.boundary_predictor.decides
+        if self.fixed and rate != "quantile":
+            raise ValueError(f"rate {rate!r} has nothing to hold where the budget is fixed; leave it at quantile")
         regress = estimator == "regression" and not self.boundary_predictor.decides
         if regress and not follows:
             raise ValueError(f"estimator 'regression' leaves the rate to the threshold; with rate {rate!r} use another")
@@ -200,7 +203,7 @@ class DynamicPooling(BoundaryPooling):
         elif self.rate == "band":
             loss = band_loss(counts / patches, target * (1 - self.band), target * (1 + self.band))
         else:
-            probability = torch.sigmoid(scores)[~layout.opening].mean()
+            probability = torch.sigmoid(scores.index_select(0, layout.free)).mean()
             loss = ratio_loss(counts.detach().sum() / patches.sum(), probability, target)
         return {"rate": self.rate_weight * loss}
 
