@@ -153,7 +153,7 @@ def load_dense(model: VisionEncoder | DualEncoder, source: str | Path) -> Transf
     if not transfer.taken:
         raise UserError(f"{source} shares no tensor with this model; it holds {sorted(state)[:4]}")
     quick = any(hint in str(source).lower() for hint in ("quickgelu", "openai"))
-    if quick and not isinstance(trunk.blocks[0].mlp.act, QuickGELU):
+    if quick and not any(isinstance(module, QuickGELU) for module in trunk.modules()):
         transfer.notes.append("the source was trained with QuickGELU, this model has GELU; give vision act: quick_gelu")
     for name in sorted(set(mine) - set(transfer.taken)):
         why = "no dense model has it" if "boundary" in name else "the source has none that fits"

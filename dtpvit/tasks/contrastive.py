@@ -251,7 +251,9 @@ class Contrastive(lightning.LightningModule):
         options = self.hparams
         groups = decay_groups(self.named_parameters(), options["weight_decay"])
         # One kernel for all tensors. Under mixed precision Lightning refuses to clip gradients before a fused step.
-        extra = {"fused": True} if options["optimizer"] == "adamw" and self.trainer.precision == "32-true" else {}
+        extra: dict[str, Any] = (
+            {"fused": True} if options["optimizer"] == "adamw" and self.trainer.precision == "32-true" else {}
+        )
         if options["optimizer"] != "sgd":
             extra |= {"betas": tuple(options["betas"]), "eps": options["eps"]}
         optimizer = create_optimizer_v2(groups, opt=options["optimizer"], lr=options["learning_rate"], **extra)

@@ -55,8 +55,8 @@ class NonFiniteGuard:
 
     def finite_everywhere(self, values: Iterable[Tensor]) -> bool:
         """Whether all values are finite on all ranks."""
-        norms = torch._foreach_norm([value.detach() for value in values])
-        flag = torch.isfinite(torch.stack([norm.to(torch.float32) for norm in norms]).sum()).to(torch.float32)
+        norm = torch.nn.utils.get_total_norm([value.detach() for value in values])
+        flag = torch.isfinite(norm).to(torch.float32)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MIN)
         return bool(flag.item())
