@@ -96,15 +96,15 @@ class DynamicPooling(BoundaryPooling):
         self.boundary_predictor = ROUTERS[router](dim, initial_rate=None if rate == "quantile" else 1 / compression)
         self.fixed = budget == "fixed" or self.boundary_predictor.decides
         self.boundary_calibration = None if self.fixed else BoundaryCalibration()
-        # Both kinds of threshold follow the logits; only a rate loss holds them in place.
-        follows = (rate == "quantile" or self.fixed) and not self.boundary_predictor.decides
         if self.fixed and rate != "quantile":
             raise ValueError(f"rate {rate!r} has nothing to hold where the budget is fixed; leave it at quantile")
-        regress = estimator == "regression" and not self.boundary_predictor.decides
-        if regress and not follows:
+        if estimator == "regression" and rate != "quantile":
             raise ValueError(f"estimator 'regression' leaves the rate to the threshold; with rate {rate!r} use another")
-        self.regress = regress
-        self.boundary_baseline = GradientBaseline() if follows and not regress else None
+        learns = not self.boundary_predictor.decides
+        self.regress = learns and estimator == "regression"
+        # A threshold that follows the logits lets them drift; a rate loss holds them in place.
+        drifts = learns and rate == "quantile" and not self.regress
+        self.boundary_baseline = GradientBaseline() if drifts else None
         self.boundary_null = nn.Parameter(torch.randn(1, dim)) if null_token else None
 
     def extra_repr(self) -> str:
