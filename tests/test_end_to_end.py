@@ -16,6 +16,7 @@ from dtpvit.interop.loading import load_clip
 from dtpvit.tasks.contrastive import Contrastive
 
 CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
+VALIDATE = ["--trainer.check_val_every_n_epoch", "3"]
 SMALL = """--data.init_args.num_train 96 --data.init_args.num_val 24 --data.init_args.num_test 1
 --data.init_args.batch_size 16 --data.init_args.num_workers 1 --trainer.accelerator cpu
 --data.init_args.root shapes""".split()
@@ -86,7 +87,7 @@ def test_the_rate_that_was_trained_is_the_rate_at_evaluation(tmp_path):
     """The quickstart on fewer images: on images never seen, a quarter of the patches starts a segment."""
     fewer = "--data.init_args.num_train 4000 --data.init_args.num_val 500 --data.init_args.num_test 2".split()
     arguments = [*fewer, "--data.init_args.root", "shapes", "--trainer.accelerator", "cpu"]
-    run(tmp_path, "fit", "--config", str(CONFIG), *arguments, "--trainer.max_epochs", "3")
+    run(tmp_path, "fit", "--config", str(CONFIG), *arguments, "--trainer.max_epochs", "3", *VALIDATE)
     with open(tmp_path / "runs/quickstart/metrics.csv", newline="") as file:
         rates = [row["val/boundary_rate"] for row in csv.DictReader(file) if row.get("val/boundary_rate")]
     assert abs(float(rates[-1]) - 0.25) < 0.02
