@@ -72,6 +72,8 @@ def _expand_part(part: str) -> list[str]:
     if not is_local(part):
         return expanded
     shards = [shard for item in expanded for shard in _expand_local(Path(item).expanduser(), part)]
+    if len(expanded) == 1 and missing_shards(shards) == shards == [str(Path(part).expanduser())]:
+        raise UserError(f"{part} does not exist; give a folder of .tar shards, a brace list or a glob.")
     if missing := missing_shards(shards):
         raise UserError(
             f"{len(missing)} of the {len(shards)} shards of {part!r} do not exist, the first is "

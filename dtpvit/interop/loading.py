@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dtpvit.encoder import VisionEncoder
 from dtpvit.errors import UserError
 from dtpvit.interop.create import build_clip
-from dtpvit.interop.model_config import NAMES, from_open_clip, model_config
+from dtpvit.interop.model_config import NAMES, PATTERN, from_open_clip, model_config
 from dtpvit.interop.weight_files import read_checkpoint, state_of
 
 __all__ = ["LoadedClip", "Tokenize", "load_clip", "load_state", "recorded_model"]
@@ -130,7 +130,7 @@ def _from_open_clip(name: str, checkpoint: str | Path | None) -> LoadedClip:
 
     known = name.startswith(("local-dir:", "hf-hub:")) or name in open_clip.list_models()
     if not known:
-        raise UserError(f"no model is called {name!r}; expected one of {', '.join(NAMES)}, or a name of open_clip's")
+        raise UserError(f"no model is called {name!r}; expected {PATTERN}, local-dir:FOLDER, or a name of open_clip's")
     pretrained = None if checkpoint is None else str(checkpoint)
     try:
         model = open_clip.create_model(name, pretrained=pretrained)

@@ -23,12 +23,14 @@ from urllib.parse import quote, unquote
 from dtpvit.encoder.presets import preset
 from dtpvit.errors import UserError
 
-__all__ = ["NAMES", "from_open_clip", "model_config", "to_open_clip", "trunk_config", "trunk_name"]
+__all__ = ["NAMES", "PATTERN", "from_open_clip", "model_config", "to_open_clip", "trunk_config", "trunk_name"]
 
 _TEXT = {"context_length": 77, "vocab_size": 49408, "width": 512, "heads": 8, "layers": 12}
 _NAME = re.compile(r"DTP-ViT-B-(?P<patch>16|32)-(?P<rate>1|2|4|10)x(?P<late>-4p8)?(?P<siglip>-siglip)?$")
 _TRUNK = re.compile(r"dtp_(?P<preset>vit_\w+?_patch\d+(?:_clip)?_\d+)_(?P<rate>\d+)x(?P<late>_4p8)?$")
 _KEYS = {"embed_dim", "vision", "text", "init_logit_scale", "init_logit_bias"}
+
+PATTERN = "DTP-ViT-B-(32|16)-(1|2|4|10)x[-4p8][-siglip]"
 
 NAMES: tuple[str, ...] = tuple(
     f"DTP-ViT-B-{patch}-{rate}x{late}{siglip}"
@@ -77,7 +79,7 @@ def trunk_name(vision: Mapping[str, Any]) -> str:
 def _published(name: str) -> dict[str, Any]:
     match = _NAME.match(name)
     if not match:
-        raise UserError(f"no model is called {name!r}; expected one of {', '.join(NAMES)}")
+        raise UserError(f"no model is called {name!r}; expected {PATTERN}")
     late = "_4p8" if match["late"] else ""
     trunk = f"dtp_vit_base_patch{match['patch']}_clip_224_{match['rate']}x{late}"
     config: dict[str, Any] = {"embed_dim": 512, "vision": trunk_config(trunk), "text": dict(_TEXT)}

@@ -139,7 +139,7 @@ def test_without_a_trainer_size_and_tokenizer_must_be_given(tmp_path):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"train": "{0}/gone"}, r"do not exist.*\(see data/cc12m/README.md\)\.$"),
+        ({"train": "{0}/gone"}, r"gone does not exist.*\(see data/cc12m/README.md\)\.$"),
         (
             {"train": "{0}/train", "val": "{0}/gone/*.tar"},
             r"No shards are at .*\(see data/cc12m/README.md\)\.$",

@@ -60,7 +60,7 @@ def test_shards_without_a_success_are_dropped(tmp_path):
 @pytest.mark.parametrize(
     ("spec", "sentence"),
     [
-        ("{0}/nothing", "1 of the 1 shards .* do not exist"),
+        ("{0}/nothing", "nothing does not exist; give a folder"),
         ("{0}/a/{{00000..00004}}.tar", r"2 of the 5 shards .* do not exist, the first is .*00003\.tar"),
         ("{0}/empty", "No shards are at .* a folder with"),
         ("{0}/a/*.txt", "No shards are at .* a glob"),

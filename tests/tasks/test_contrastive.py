@@ -182,7 +182,7 @@ def test_a_checkpoint_is_open_clip_s(tmp_path):
     [
         ({"local_loss": True, "gather_with_grad": False}, "wrong gradients"),
         ({"accum_freq": 0}, "at least 1"),
-        ({"model": "ViT-B-32"}, "no model is called 'ViT-B-32'; expected one of DTP-ViT-B-32-1x"),
+        ({"model": "ViT-B-32"}, "no model is called 'ViT-B-32'; expected DTP-ViT-B-"),
         ({"model": {"embed_dim": 4}}, r"lacks \['text', 'vision'\]"),
         ({"model": {"name": "DTP-ViT-B-32-10x", "sight": {}}}, r"unknown entries \['sight'\]"),
     ],
