@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dtpvit.encoder.layers import Block, PatchEmbed, resize_position_embedding
-from dtpvit.encoder.ops.noise import advance_seed, checksum
+from dtpvit.encoder.ops.noise import advance_seed, checksum, draw_seeds
 from dtpvit.encoder.ops.segments import Segments, pool_segments
 from dtpvit.encoder.reducers.base import Evidence, Reduction, TokenReducer
 from dtpvit.encoder.tokens import Layout, Tokens
@@ -159,7 +159,7 @@ class VisionEncoder(nn.Module):
             found, wanted = "x".join(map(str, images.shape[-2:])), "x".join(map(str, self.image_size))
             raise ValueError(f"images are {found}, the encoder was made for {wanted}; use set_input_size")
         if seeds is None and self.needs_seed:
-            seeds = _draw_seeds(len(images), images.device) if self.training else checksum(images)
+            seeds = draw_seeds(len(images), images.device) if self.training else checksum(images)
         x = self.patch_embed(images)
         x = torch.cat((self.cls_token.to(x.dtype).expand(len(x), -1, -1), x), dim=1) + self.pos_embed
         return Tokens.from_dense(self.norm_pre(x), num_prefix=1, grid=self.grid_size, seed=seeds)
@@ -257,10 +257,6 @@ def _grid(image_size: tuple[int, ...], patch_size: int) -> tuple[int, int]:
     if (rows * patch_size, columns * patch_size) != tuple(image_size) or not rows * columns:
         raise ValueError(f"image size {image_size[0]}x{image_size[1]} is not a multiple of the patch size {patch_size}")
     return rows, columns
-
-
-def _draw_seeds(count: int, device: torch.device) -> Tensor:
-    return torch.randint(1 << 62, (count,), dtype=torch.int64).to(device)
 
 
 def _patch_tokens(layout: Layout) -> int:

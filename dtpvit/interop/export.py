@@ -8,9 +8,8 @@ from pathlib import Path
 from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from safetensors.torch import save_file
 
-from dtpvit.errors import UserError
 from dtpvit.interop.create import build_clip
-from dtpvit.interop.loading import load_state, recorded_model
+from dtpvit.interop.loading import chosen_model, load_state
 from dtpvit.interop.model_config import model_config, to_open_clip
 from dtpvit.interop.weight_files import read_checkpoint, state_of
 
@@ -26,10 +25,7 @@ def export(checkpoint: str, out: str, model: str | None = None) -> None:
         model: Name of the model, where the checkpoint does not record it.
     """
     content = read_checkpoint(checkpoint)
-    spec = model if model is not None else recorded_model(content)
-    if spec is None:
-        raise UserError(f"checkpoint {checkpoint} does not record which model it is; give --model NAME")
-    config = model_config(spec)
+    config = model_config(chosen_model(model, content, checkpoint))
     clip = build_clip(config)
     load_state(clip, state_of(content), checkpoint)
     folder = Path(out)

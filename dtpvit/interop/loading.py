@@ -17,7 +17,7 @@ from dtpvit.interop.create import build_clip
 from dtpvit.interop.model_config import NAMES, PATTERN, from_open_clip, model_config
 from dtpvit.interop.weight_files import read_checkpoint, state_of
 
-__all__ = ["LoadedClip", "Tokenize", "load_clip", "load_state", "recorded_model"]
+__all__ = ["LoadedClip", "Tokenize", "chosen_model", "load_clip", "load_state"]
 
 
 class Tokenize:
@@ -66,9 +66,21 @@ class LoadedClip:
     resize_mode: str = "shortest"
 
 
-def recorded_model(checkpoint: dict[str, Any]) -> Any | None:
-    """The model name or config that a Lightning checkpoint of ours records, else None."""
-    return checkpoint.get("hyper_parameters", {}).get("model")
+def chosen_model(model: str | None, content: dict[str, Any] | None, source: object) -> Any:
+    """The name that was given, else the name or config that a checkpoint of ours records.
+
+    Args:
+        model: The name, or None.
+        content: Of the checkpoint, or None where there is none.
+        source: The checkpoint, for the message.
+
+    Raises:
+        UserError: If neither says it.
+    """
+    spec = model if model is not None else (content or {}).get("hyper_parameters", {}).get("model")
+    if spec is None:
+        raise UserError(f"checkpoint {source} does not record which model it is; give --model NAME")
+    return spec
 
 
 def load_state(model: nn.Module, state: dict[str, Tensor], source: object) -> None:
@@ -103,9 +115,7 @@ def load_clip(model: str | None = None, checkpoint: str | Path | None = None) ->
         UserError: If neither says which model it is, or the weights do not fit.
     """
     content = read_checkpoint(checkpoint) if checkpoint is not None and _is_file(checkpoint) else None
-    spec: Any = model if model is not None else recorded_model(content or {})
-    if spec is None:
-        raise UserError(f"checkpoint {checkpoint} does not record which model it is; give --model NAME")
+    spec = chosen_model(model, content, checkpoint)
     if isinstance(spec, str) and spec not in NAMES:
         return _from_open_clip(spec, checkpoint)
     config = model_config(spec)

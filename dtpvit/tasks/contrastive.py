@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
-from contextlib import nullcontext
 from typing import Any
 
 import lightning
@@ -19,6 +18,7 @@ from torch.nn.functional import normalize
 from dtpvit.datamodules.samples import CAUSES
 from dtpvit.encoder import Encoding
 from dtpvit.encoder.ops.collectives import add_up
+from dtpvit.encoder.ops.noise import draw_seeds
 from dtpvit.errors import UserError
 from dtpvit.interop.create import build_clip
 from dtpvit.interop.dense_weights import load_dense
@@ -135,7 +135,7 @@ class Contrastive(lightning.LightningModule):
 
     @property
     def _distributed(self) -> bool:
-        return self._trainer is not None and self.trainer.world_size > 1
+        return self.trainer.world_size > 1
 
     def forward(self, images: Tensor, text: Tensor) -> tuple[Tensor, ...]:
         """The dual encoder on normalised images and token ids, see :meth:`DualEncoder.forward`."""
@@ -173,7 +173,7 @@ class Contrastive(lightning.LightningModule):
         """Features of the whole batch, detached from the parameters; :meth:`backward` connects them again."""
         batch = dict(batch)
         if "seed" not in batch:
-            batch["seed"] = torch.randint(1 << 62, (len(batch["image"]),)).to(self.device)
+            batch["seed"] = draw_seeds(len(batch["image"]), self.device)
         size = math.ceil(len(batch["image"]) / pieces)
         split = {name: value.split(size) for name, value in batch.items()}
         micro: list[Batch] = [dict(zip(split, values, strict=True)) for values in zip(*split.values(), strict=True)]
@@ -187,7 +187,7 @@ class Contrastive(lightning.LightningModule):
         self._last_loss = loss.detach()
         super().backward(loss, *args, **kwargs)
         if self._cached is not None:
-            self._cached.backward(self.trainer.precision_plugin.forward_context if self._trainer else nullcontext)
+            self._cached.backward(self.trainer.precision_plugin.forward_context)
             self._cached = None
             if self._distributed:
                 average_gradients(self)

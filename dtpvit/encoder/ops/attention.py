@@ -106,26 +106,7 @@ def _padded(q: Tensor, k: Tensor, v: Tensor, layout: Layout, key_bias: Tensor | 
         bias = torch.zeros(shape, device=q.device) if key_bias is None else key_bias[layout.padded].view(shape)
         bias = bias.masked_fill(layout.padding, float("-inf"))
         out = scaled_dot_product_attention(q, k, v, attn_mask=_mask(bias, q))
-    return _unpad(out.transpose(1, 2).flatten(0, 1), layout)
-
-
-class _Unpad(torch.autograd.Function):
-    """Keep the real rows of a padded batch; the gradient of padding is zero."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, unpadded: Tensor, padded: Tensor, padding: Tensor) -> Tensor:
-        ctx.save_for_backward(padded, padding)
-        return rows.index_select(0, unpadded)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        padded, padding = ctx.saved_tensors
-        grad = grads[0].index_select(0, padded)
-        return grad.masked_fill_(padding.view(-1, 1, 1), 0.0), None, None, None
-
-
-def _unpad(rows: Tensor, layout: Layout) -> Tensor:
-    return _Unpad.apply(rows, layout.unpadded, layout.padded, layout.padding)
+    return take_rows(out.transpose(1, 2).flatten(0, 1), layout.unpadded, layout.padded, unread=layout.padding)
 
 
 def _has_varlen_kernel(q: Tensor) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["advance_seed", "checksum", "logistic_noise", "uniform_noise"]
+__all__ = ["advance_seed", "checksum", "draw_seeds", "logistic_noise", "uniform_noise"]
 
 # SplitMix64 (Steele, Lea, Flood, OOPSLA 2014); torch has no uint64 arithmetic, int64 wraps the same way.
 _GAMMA = 0x9E3779B97F4A7C15 - (1 << 64)
@@ -47,6 +47,11 @@ def logistic_noise(seed: Tensor, position: Tensor) -> Tensor:
     """log u - log(1 - u), the noise of the Gumbel-sigmoid, float32, shapes as in :func:`uniform_noise`."""
     u = uniform_noise(seed, position)
     return u.log() - torch.log1p(-u)
+
+
+def draw_seeds(count: int, device: torch.device) -> Tensor:
+    """Fresh seeds from torch's own generator, which a resumed or replayed step puts back, int64, shape (count,)."""
+    return torch.randint(1 << 62, (count,), dtype=torch.int64).to(device)
 
 
 def advance_seed(seed: Tensor) -> Tensor:

@@ -117,19 +117,20 @@ class DynamicPooling(BoundaryPooling):
         order = self.line(tokens)
         layout = tokens.layout
         with torch.autocast(tokens.features.device.type, enabled=False):
-            logits = self.boundary_predictor(tokens, order, *self.segments_wanted(layout))
+            wanted, most = self.segments_wanted(layout)
+            logits = self.boundary_predictor(tokens, order, wanted, most)
             scores = self._add_noise(logits, tokens)
             if self.boundary_baseline is not None and scores.requires_grad:
                 scores = self.boundary_baseline(scores, ~layout.opening)
-            hard, margin, joint = self._decide(logits, scores, layout, evidence)
+            hard, cut, joint = self._decide(logits, scores, layout, wanted, evidence)
             if self.boundary_predictor.decides:
                 starts = hard
-            elif self.regress:
+            elif cut is None:
                 starts = regress_votes(hard, logits, layout)
             else:
-                starts = straight_through(hard, margin, self.temperature)
+                starts = straight_through(hard, scores - cut, self.temperature)
             starts = torch.where(layout.opening, torch.ones_like(starts), starts)
-        fixed = self.segments_wanted(layout)[1] if self.fixed and layout.uniform else None
+        fixed = most if self.fixed and layout.uniform else None
         pooled = self.pool(tokens, starts, order, fixed=fixed)
         if self.boundary_null is not None:
             pooled = _put_in_front(pooled, self.boundary_null)
@@ -144,27 +145,27 @@ class DynamicPooling(BoundaryPooling):
         return logits + logistic_noise(tokens.seed[layout.image], layout.position).to(logits.dtype)
 
     def _decide(
-        self, logits: Tensor, scores: Tensor, layout: Layout, evidence: Evidence
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Hard starts and how far each score is above its threshold, shape (T,); in training also the free scores."""
-        wanted = self.segments_wanted(layout)[0] - 1
-        free = ~layout.opening
+        self, logits: Tensor, scores: Tensor, layout: Layout, wanted: Tensor, evidence: Evidence
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Hard starts, shape (T,); what scores are cut at, where a gradient straight through the cut needs it; and in
+        training the free scores."""
+        straight = not (self.regress or self.boundary_predictor.decides)
         calibration = self.boundary_calibration
         if calibration is None or not self.training:
-            taken = top_per_image(scores.detach(), layout.opening, layout, wanted)
-            cut = _cut(scores.detach(), taken & free, free, layout)
+            taken = top_per_image(scores.detach(), layout.opening, layout, wanted - 1)
+            cut = _cut(scores.detach(), taken, layout) if straight else None
             if calibration is not None:
                 # Chosen on the device: to ask whether there is a threshold would synchronise.
                 threshold = calibration.boundary_threshold.to(scores)
-                cut = torch.where(threshold.isnan(), cut, threshold)
                 taken = torch.where(threshold.isnan(), taken, scores > threshold)
-            return taken.to(scores.dtype), scores - cut, None
+                cut = None if cut is None else torch.where(threshold.isnan(), cut, threshold)
+            return taken.to(scores.dtype), cut, None
         joint = torch.stack((logits.detach(), scores.detach())).index_select(1, layout.free)
         threshold = evidence.threshold
         if threshold is None:
             threshold = self.set_threshold(joint, layout.total - layout.batch * layout.num_prefix, layout.batch)
-        margin = scores - threshold.to(scores)
-        return (margin > 0).to(scores.dtype), margin, joint
+        threshold = threshold.to(scores)
+        return (scores > threshold).to(scores.dtype), threshold if straight else None, joint
 
     def after_backward(self) -> None:
         if self.boundary_baseline is not None:
@@ -208,10 +209,11 @@ class DynamicPooling(BoundaryPooling):
         return {"rate": self.rate_weight * loss}
 
 
-def _cut(scores: Tensor, taken: Tensor, free: Tensor, layout: Layout) -> Tensor:
+def _cut(scores: Tensor, taken: Tensor, layout: Layout) -> Tensor:
     """Halfway between the lowest score taken and the highest left of each image, at each of its places, shape (T,)."""
     inf = scores.new_full((layout.batch,), float("inf"))
-    lowest = inf.scatter_reduce(0, layout.image, torch.where(taken, scores, inf[0]), "amin")
+    free = ~layout.opening
+    lowest = inf.scatter_reduce(0, layout.image, torch.where(free & taken, scores, inf[0]), "amin")
     highest = (-inf).scatter_reduce(0, layout.image, torch.where(free & ~taken, scores, -inf[0]), "amax")
     lowest = torch.where(lowest.isinf(), highest, lowest)
     highest = torch.where(highest.isinf(), lowest, highest)
