@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import importlib
+import inspect
 import logging
 import os
 import re
@@ -18,10 +19,14 @@ __all__ = ["main"]
 
 
 class Command(NamedTuple):
-    """One line of the help, and the function behind it; without a target, Lightning's Trainer runs it."""
+    """One line of the help, and the function behind it; without a target, Lightning's Trainer runs it.
+
+    ``positional`` is the function's parameter that takes the arguments without a name, and its help.
+    """
 
     summary: str
     target: str | None = None
+    positional: tuple[str, str] | None = None
 
 
 COMMANDS = {
@@ -32,6 +37,14 @@ COMMANDS = {
     "zeroshot": Command(
         "zero-shot classification of a checkpoint: --data DATA --checkpoint FILE",
         "dtpvit.evaluation.zeroshot:zeroshot",
+    ),
+    "cost": Command(
+        "GMACs, images/s, memory and what became of the FLOPs: MODEL... [--images DATA] [--reference MODEL]",
+        "dtpvit.evaluation.cost_command:cost",
+        positional=(
+            "models",
+            "names of ours, of open_clip's or of timm's, YAMLs of a task, checkpoints, exported folders",
+        ),
     ),
     "export": Command(
         "write a checkpoint as a folder that open_clip loads: --help lists the options",
@@ -95,7 +108,7 @@ def _dispatch(arguments: list[str]) -> int:
     _check_config_files(name, rest)
     _prepare_process()
     if (target := COMMANDS[name].target) is not None:
-        _call(name, target, rest)
+        _call(name, target, COMMANDS[name].positional, rest)
     else:
         from dtpvit._trainer_cli import TrainerCLI
 
@@ -126,13 +139,22 @@ def _prepare_process() -> None:
         log.addHandler(_Log())
 
 
-def _call(name: str, target: str, arguments: list[str]) -> None:
+def _call(name: str, target: str, positional: tuple[str, str] | None, arguments: list[str]) -> None:
     """Run the function ``module:function``, its signature being the command's options."""
-    import jsonargparse
+    from jsonargparse import ArgumentParser
 
     module, function = target.split(":")
     component = getattr(importlib.import_module(module), function)
-    jsonargparse.auto_cli(component, args=arguments, as_positional=False, prog=f"dtpvit {name}", exit_on_error=False)
+    parser = ArgumentParser(
+        prog=f"dtpvit {name}", description=inspect.getdoc(component).split("\n\nArgs:")[0], exit_on_error=False
+    )
+    taken = set[str]()
+    if positional is not None:
+        parameter, text = positional
+        taken.add(parameter)
+        parser.add_argument(parameter, nargs="+", type=str, metavar=parameter.removesuffix("s").upper(), help=text)
+    parser.add_function_arguments(component, as_group=False, skip=taken, fail_untyped=False)
+    component(**parser.parse_args(arguments).as_dict())
 
 
 def _help() -> str:

@@ -15,6 +15,7 @@ from dtpvit.datamodules.labelled import LabelledLoader, check_batching
 from dtpvit.datamodules.labelled_index import index_labelled
 from dtpvit.datamodules.prompts import load_classnames, load_templates
 from dtpvit.errors import UserError
+from dtpvit.evaluation.arguments import chosen_device, output_file
 from dtpvit.evaluation.classifier import Precision, build_classifier
 from dtpvit.evaluation.measure import ZeroShotResult, evaluate
 
@@ -56,7 +57,7 @@ def zeroshot(
     # What the user can have mistaken comes first: loading the weights takes longest.
     model, checkpoint = _weights(model, checkpoint)
     check_batching(batch_size, workers)
-    place, target = _device(device), _output(output)
+    place, target = chosen_device(device), output_file(output)
     prompts = load_templates(templates)
     own_names = None if classnames is None else load_classnames(classnames)
     index = index_labelled(data, classnames=own_names, labels=labels, limit=limit)
@@ -204,24 +205,3 @@ def _sha256(path: Path) -> str | dict[str, str]:
         return {file.name: str(_sha256(file)) for file in sorted(path.glob("*.safetensors"))}
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _output(output: str | None) -> Path | None:
-    if output is None:
-        return None
-    path = Path(output).expanduser()
-    if path.is_dir() or not path.parent.is_dir():
-        raise UserError(f"The result cannot be written to {output}: give a file in a folder that exists.")
-    return path
-
-
-def _device(name: str) -> torch.device:
-    chosen = name
-    if name == "auto":
-        chosen = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(chosen)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:  # AssertionError: this torch was built without CUDA
-        raise UserError(f"The device {name!r} cannot be used here: pass auto, cpu, or one that is.") from error
-    return device

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,11 +66,11 @@ class LoadedClip:
     resize_mode: str = "shortest"
 
 
-def chosen_model(model: str | None, content: dict[str, Any] | None, source: object) -> Any:
+def chosen_model(model: str | Mapping[str, Any] | None, content: dict[str, Any] | None, source: object) -> Any:
     """The name that was given, else the name or config that a checkpoint of ours records.
 
     Args:
-        model: The name, or None.
+        model: The name or config, or None.
         content: Of the checkpoint, or None where there is none.
         source: The checkpoint, for the message.
 
@@ -102,12 +102,12 @@ def load_state(model: nn.Module, state: dict[str, Tensor], source: object) -> No
     model.load_state_dict(state)
 
 
-def load_clip(model: str | None = None, checkpoint: str | Path | None = None) -> LoadedClip:
+def load_clip(model: str | Mapping[str, Any] | None = None, checkpoint: str | Path | None = None) -> LoadedClip:
     """Load a dual encoder.
 
     Args:
-        model: One of our names, ``local-dir:FOLDER`` as ``dtpvit export`` writes it, or a name of open_clip's; may be
-            left out where the checkpoint is one of ours, which records it.
+        model: One of our names or configs, ``local-dir:FOLDER`` as ``dtpvit export`` writes it, or a name of
+            open_clip's; may be left out where the checkpoint is one of ours, which records it.
         checkpoint: Weights; for open_clip's own models also a pretrained tag. None keeps random weights, good for
             measuring cost.
 

@@ -1,0 +1,134 @@
+"""Image towers against open_clip's dense ones, in the same run: time, FLOPs and memory, and packing against padding.
+
+python -m benchmarks.encoder --images DIR --output docs/results/encoder.md
+"""
+
+from __future__ import annotations
+
+import torch
+from jsonargparse import auto_cli
+
+from benchmarks.padded import PaddedTower
+from benchmarks.record import heading, pages, table
+from dtpvit.datamodules.real_images import real_images
+from dtpvit.datamodules.transforms import eval_transform
+from dtpvit.encoder import VisualTower
+from dtpvit.evaluation.arguments import chosen_device
+from dtpvit.evaluation.classifier import Precision, autocast
+from dtpvit.evaluation.comparison import Measured, measure_cost
+from dtpvit.evaluation.measuring import Quartiles, alternate, speed_ups
+from dtpvit.evaluation.towers import Tower, load_tower
+
+PUBLISHED = {"DTP-ViT-B-32-10x": "2.56 / 0.73, 2.43 / 0.69", "DTP-ViT-B-16-4x-4p8": "-, 1.69 / -"}
+
+
+def encoder(
+    images: str | None = None,
+    patches: list[int] = [32, 16],  # noqa: B006 (never changed)
+    batch_sizes: list[int] = [64, 16],  # noqa: B006
+    precisions: list[Precision] = ["fp32", "bf16"],  # noqa: B006
+    rounds: int = 5,
+    device: str = "auto",
+    output: str | None = None,
+) -> None:
+    """Measure B/32 at 2x, 4x and 10x, and B/16 at 4x, 4x after four blocks and 10x.
+
+    Args:
+        images: Folder or shards of real images; without them only random pixels at the nominal rate.
+        patches: Of 32 and 16, which to measure.
+        batch_sizes: One for each of ``patches``.
+        precisions: In which to measure.
+        rounds: Measured runs of each step.
+        device: auto, cpu, cuda.
+        output: Markdown file to write.
+    """
+    place = chosen_device(device)
+    parts = [heading("Image towers: FLOPs saved and time saved", place), _WHAT]
+    for patch, batch in zip(patches, batch_sizes, strict=True):
+        for precision in precisions:
+            for source in [None, images] if images else [None]:
+                kind = "random pixels, nominal rate" if source is None else "real images, counts vary"
+                parts.append(f"## B/{patch}, batch {batch}, {precision}, {kind}\n")
+                parts.append(_table(_measure(patch, batch, precision, source, rounds, place)))
+        if patch == 32:
+            parts.append(f"## Packed against padded to the batch's longest, B/32 10x, batch {batch}, fp32\n")
+            parts.append(_packing(batch, images, rounds, place))
+    pages(parts, output)
+
+
+_WHAT = """\
+Medians over rounds in which all models run in turn; speed-ups are medians of the ratios within a round, quartiles in
+brackets. Forward is evaluation; training is forward and backward, in training mode, where counts vary from image to
+image.
+GMACs are counted from what each block saw, boundary predictor included. Efficiency = speed-up / FLOP ratio.
+"""
+
+
+def _names(patch: int) -> list[str]:
+    rates = ["2x", "4x", "10x"] if patch == 32 else ["4x", "4x-4p8", "10x"]
+    return [f"ViT-B-{patch}", *(f"DTP-ViT-B-{patch}-{rate}" for rate in rates)]
+
+
+def _batch(tower: Tower, source: str | None, count: int) -> torch.Tensor:
+    if source is None:
+        return torch.randn(count, 3, *tower.image_size)
+    mean, std = (255 * torch.tensor(values).view(3, 1, 1) for values in (tower.mean, tower.std))
+    return (real_images(source, count, eval_transform(tower.image_size))[0] - mean) / std
+
+
+def _measure(
+    patch: int, batch: int, precision: Precision, source: str | None, rounds: int, device: torch.device
+) -> list[Measured]:
+    torch.manual_seed(0)
+    towers = [load_tower(name) for name in _names(patch)]
+    pixels = {tower.name: _batch(tower, source, batch) for tower in towers}
+    return measure_cost(towers, pixels, device, precision=precision, rounds=rounds, calibrate=source is not None)
+
+
+def _table(results: list[Measured]) -> str:
+    base = results[0].timings["training"]
+    rows = []
+    for result in results:
+        forward, training = result.timings["forward"], result.timings["training"]
+        spread = next(iter(result.tokens.values()), None)
+        rows.append(
+            [
+                result.name,
+                "" if spread is None else f"{spread.mean:.1f} ({spread.min}-{spread.max})",
+                f"{result.gmacs:.2f}",
+                f"{forward.images_per_second:.1f}",
+                f"{forward.speed_up:.2f} ({forward.low:.2f}-{forward.high:.2f})",
+                f"**{forward.efficiency:.2f}**",
+                f"{training.images_per_second:.1f}",
+                f"{training.speed_up:.2f} ({training.low:.2f}-{training.high:.2f})",
+                f"**{training.efficiency:.2f}**",
+                f"{training.kept_bytes / base.kept_bytes:.3f}",
+            ]
+        )
+    header = ["model", "tokens", "GMACs", "forward, images/s", "speed-up", "efficiency"]
+    header += ["training, images/s", "speed-up", "efficiency", "saved activations, of dense"]
+    return table(header, rows)
+
+
+def _packing(batch: int, source: str | None, rounds: int, device: torch.device) -> str:
+    tower = load_tower("DTP-ViT-B-32-10x")
+    images = _batch(tower, source, batch).to(device)
+    packed = tower.image.to(device).train()
+    assert isinstance(packed, VisualTower)
+    padded = PaddedTower(packed)
+
+    def step(model: torch.nn.Module) -> None:
+        for parameter in packed.parameters():
+            parameter.grad = None
+        with autocast(device, "fp32"):
+            model(images).square().mean().backward()
+
+    seconds = alternate({"padded": lambda: step(padded), "packed": lambda: step(packed)}, device, rounds=rounds)
+    ratio = speed_ups(seconds, "padded")["packed"]
+    rows = [[name, f"{Quartiles.of(times).median:.2f}"] for name, times in seconds.items()]
+    rows += [["padded / packed", f"**{ratio.median:.2f}** ({ratio.low:.2f}-{ratio.high:.2f})"]]
+    return table(["training step", "s"], rows)
+
+
+if __name__ == "__main__":
+    auto_cli(encoder, as_positional=False)

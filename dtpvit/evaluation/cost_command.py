@@ -1,0 +1,166 @@
+"""``dtpvit cost``: what a model costs on paper and on the clock, beside a dense reference in the same run."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from datetime import date
+from json import dumps
+from typing import Literal
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from tqdm import tqdm
+
+from dtpvit.datamodules.real_images import real_images
+from dtpvit.datamodules.transforms import eval_transform
+from dtpvit.errors import UserError
+from dtpvit.evaluation.arguments import chosen_device, output_file
+from dtpvit.evaluation.classifier import Precision
+from dtpvit.evaluation.comparison import Measured, measure_cost
+from dtpvit.evaluation.measuring import machine, versions
+from dtpvit.evaluation.towers import Tower, dense_counterpart, load_tower
+
+__all__ = ["cost"]
+
+
+def cost(
+    models: list[str],
+    reference: str | None = None,
+    images: str | None = None,
+    batch_size: int = 64,
+    precision: Precision = "fp32",
+    device: str = "auto",
+    rounds: int = 7,
+    steps: Literal["both", "forward", "none"] = "both",
+    json: str | None = None,
+) -> None:
+    """Count and measure image towers: parameters, GMACs by part, tokens, images/s, memory; what became of the FLOPs.
+
+    Speed-up over FLOP ratio is the efficiency: 1 where every multiplication saved became time saved. It can exceed 1,
+    where the reference has overhead of its own.
+
+    Args:
+        models: Names of ours, of open_clip's or of timm's, YAMLs of a task, or checkpoints.
+        reference: What to compare with, named likewise; the dense model of the first one's shape if not given.
+        images: Folder of images, or shards, to measure on; random pixels at the nominal rate if not given.
+        batch_size: Images at a time.
+        precision: Of the image towers.
+        device: auto, cpu, cuda, cuda:1, ...
+        rounds: Times that each step is measured, candidates in turn.
+        steps: Measure forward and training step, the forward pass only, or nothing (MACs and tokens are still counted).
+        json: JSON file for everything that was measured.
+    """
+    place, target = chosen_device(device), output_file(json)
+    if batch_size < 1 or rounds < 1:
+        raise UserError(f"batch_size is {batch_size} and rounds is {rounds}; both must be at least 1")
+    torch.manual_seed(0)
+    towers = [load_tower(spec) for spec in dict.fromkeys(models)]
+    base = dense_counterpart(towers[0]) if reference is None else load_tower(reference)
+    towers = [base, *(tower for tower in towers if tower.name != base.name)]
+    captions = list[str]()
+    pixels = dict[str, Tensor]()
+    for tower in towers:
+        pixels[tower.name], captions = _pixels(tower, images, batch_size)
+    with _bar(len(towers), rounds, steps) as bar:
+        results = measure_cost(
+            towers,
+            pixels,
+            place,
+            precision=precision,
+            rounds=rounds,
+            steps=steps,
+            captions=captions,
+            calibrate=images is not None,
+            progress=bar.update,
+        )
+    what = f"{batch_size} random images at the nominal rate" if images is None else f"{batch_size} images of {images}"
+    how = f"{machine(place)}, {precision}, {what}"
+    _show(results, how)
+    if target is not None:
+        record = {
+            "machine": machine(place),
+            "versions": versions(),
+            "date": date.today().isoformat(),
+            "command": " ".join(["dtpvit", *sys.argv[1:]]),
+            "reference": base.name,
+            "batch_size": batch_size,
+            "precision": precision,
+            "images": images,
+            "models": [asdict(result) for result in results],
+        }
+        target.write_text(dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def _pixels(tower: Tower, source: str | None, count: int) -> tuple[Tensor, list[str]]:
+    """Normalised images of the size that a tower takes, float32, shape (B, 3, H, W), and captions."""
+    if source is None:
+        return torch.randn(count, 3, *tower.image_size, generator=torch.Generator().manual_seed(0)), []
+    raw, captions = real_images(source, count, eval_transform(tower.image_size, resize_mode=tower.resize_mode))
+    mean, std = (255 * torch.tensor(values).view(3, 1, 1) for values in (tower.mean, tower.std))
+    return (raw - mean) / std, captions
+
+
+def _bar(towers: int, rounds: int, steps: str) -> tqdm:
+    kinds = {"both": 2, "forward": 1, "none": 0}[steps]
+    return tqdm(total=kinds * towers * (rounds + 2), desc="measuring", unit="step", leave=False, disable=None)
+
+
+def _show(results: list[Measured], how: str) -> None:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("")
+    for result in results:
+        table.add_column(result.name, justify="right", overflow="fold")
+    for title, cells in _rows(results):
+        if any(cells):
+            table.add_row(title, *cells)
+    console = Console()
+    console.print(table)
+    console.print(
+        f"\nReference: {results[0].name}. GMACs: 1e9 multiply-accumulates. Speed-ups: medians over rounds, quartiles "
+        f"in brackets. Efficiency: speed-up / FLOP ratio; above 1 the reference has overhead of its own.\n{how}",
+        highlight=False,
+    )
+
+
+def _rows(results: list[Measured]) -> list[tuple[str, list[str]]]:
+    """Lines of the table; a line without any entry is left out."""
+    base = results[0]
+    parts = list(dict.fromkeys(part for result in results for part in result.gmacs_by_part))
+    rows = [
+        ("parameters, M", [f"{r.parameters / 1e6:.1f}" for r in results]),
+        ("  image tower", [f"{r.image_parameters / 1e6:.1f}" for r in results]),
+        ("GMACs an image", [f"{r.gmacs:.3f}" for r in results]),
+    ]
+    rows += [(f"  {part}", [_number(r.gmacs_by_part.get(part), ".3f") for r in results]) for part in parts]
+    rows += [("GMACs a caption", [_number(r.text_gmacs, ".3f") for r in results])]
+    blocks = sorted({block for r in results for block in r.tokens})
+    rows += [(f"tokens from block {block}", [_tokens(r, block) for r in results]) for block in blocks]
+    rows += [("FLOP ratio", [f"{base.gmacs / r.gmacs:.2f}" for r in results])]
+    for kind, title in (("forward", "forward"), ("training", "training step")):
+        found = [r.timings.get(kind) for r in results]
+        rows += [
+            (f"{title}, images/s", [(t and f"{t.images_per_second:.1f}") or "" for t in found]),
+            ("  speed-up", [(t and f"{t.speed_up:.2f} ({t.low:.2f}-{t.high:.2f})") or "" for t in found]),
+            ("  efficiency", [(t and f"{t.efficiency:.2f}") or "" for t in found]),
+            ("  peak memory, MiB", [(t and f"{t.peak_bytes / 2**20:.0f}") or "" for t in found]),
+        ]
+    saved = [r.timings["training"].kept_bytes if "training" in r.timings else 0 for r in results]
+    rows += [
+        ("saved activations, MiB", [(value and f"{value / 2**20:.0f}") or "" for value in saved]),
+        ("  of the reference's", [(value and f"{value / saved[0]:.3f}") or "" for value in saved]),
+    ]
+    return rows
+
+
+def _tokens(result: Measured, block: int) -> str:
+    spread = result.tokens.get(block)
+    if spread is None:
+        return ""
+    return f"{spread.mean:.1f}" if spread.min == spread.max else f"{spread.mean:.1f} ({spread.min}-{spread.max})"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
