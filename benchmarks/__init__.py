@@ -1,0 +1,1 @@
+"""Measurements that go into docs/results; each is run as ``python -m benchmarks.NAME``."""
