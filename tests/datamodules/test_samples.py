@@ -7,10 +7,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
 from shard_files import jpeg, pair, shared, tokenize, write_tar
 
 from dtpvit.datamodules import samples as samples_module
-from dtpvit.datamodules.samples import ImageText, SkippedSample, decode_image, read_samples, sample_seed
+from dtpvit.datamodules.samples import (
+    ImageText,
+    SkippedSample,
+    decode_image,
+    decode_pixels,
+    read_samples,
+    sample_seed,
+)
 from dtpvit.datamodules.tars import BrokenTar, read_members
 from dtpvit.datamodules.transforms import eval_transform, train_transform
 
@@ -172,12 +180,79 @@ def test_decompression_bombs_are_refused(monkeypatch):
 def test_large_jpegs_are_decoded_small_but_no_smaller_than_asked():
     data = encoded(Image.open(io.BytesIO(jpeg(1))).resize((900, 700), Image.Resampling.BICUBIC), "JPEG", quality=95)
     assert decode_image(data).size == (900, 700)
-    assert decode_image(data, 700).size == (900, 700)
-    assert decode_image(data, 350).size == (450, 350)
-    assert decode_image(data, 100).size == (225, 175)
-    fast = train_transform(100, scale=(1.0, 1.0))(decode_image(data, 150), seed=0).float()
+    assert decode_pixels(data, 700).shape == (3, 700, 900)
+    assert decode_pixels(data, 350).shape == (3, 350, 450)
+    assert decode_pixels(data, 100).shape == (3, 175, 225)
+    fast = train_transform(100, scale=(1.0, 1.0))(decode_pixels(data, 150), seed=0).float()
     slow = train_transform(100, scale=(1.0, 1.0))(decode_image(data), seed=0).float()
     assert (fast - slow).abs().mean() < 0.6
+
+
+def as_pil(data):
+    """(3, H, W) by PIL alone, or why it is refused."""
+    try:
+        return torch.from_numpy(np.array(decode_image(data))).permute(2, 0, 1)
+    except SkippedSample as skipped:
+        return skipped.cause
+
+
+def as_trained(data):
+    try:
+        return decode_pixels(data, 10_000)
+    except SkippedSample as skipped:
+        return skipped.cause
+
+
+def forms(data):
+    """The same photograph as the Web may hold it."""
+    image, turned = Image.open(io.BytesIO(data)).convert("RGB"), Image.Exif()
+    turned[0x0112] = 6
+    yield from (data, data + b"trailing", encoded(image, "PNG"), encoded(image, "WEBP"))
+    yield from (encoded(image, "JPEG", subsampling=kind, quality=93) for kind in (0, 1, 2))
+    yield encoded(image, "JPEG", progressive=True)
+    yield encoded(image, "JPEG", keep_rgb=True)
+    yield encoded(image, "JPEG", exif=turned)
+    yield from (encoded(image.convert(mode), "JPEG") for mode in ("L", "CMYK"))
+
+
+def test_pixels_for_training_are_those_of_pil():
+    for seed in range(4):
+        for data in forms(jpeg(seed, (61 + seed, 47), quality=85)):
+            assert torch.equal(as_trained(data), as_pil(data))
+
+
+def test_pixels_for_training_are_those_of_pil_on_photographs():
+    shard = str(shared("captions/flickr8k_ar256") / "00000.tar")
+    photographs = [data for name, data in read_members(shard) if name.endswith(".jpg")][:40]
+    assert len(photographs) == 40 and all(torch.equal(as_trained(data), as_pil(data)) for data in photographs)
+
+
+@pytest.mark.parametrize("cut", [0, 1, 2, 3, 40, 900, 2000])
+def test_what_is_cut_off_is_judged_by_pil(cut):
+    data = jpeg(2, (200, 150), quality=95)
+    mine, pil = as_trained(data[: len(data) - cut]), as_pil(data[: len(data) - cut])
+    assert torch.equal(mine, pil) if cut == 0 else mine == pil == "broken image"
+
+
+@pytest.mark.parametrize("error", [RuntimeError, TypeError, None], ids=["refuses", "other version", "absent"])
+def test_pil_decodes_where_torchvision_does_not(monkeypatch, error):
+    calls = []
+
+    def operator(*args):
+        calls.append(args)
+        raise error
+
+    monkeypatch.setattr(samples_module, "_decode_jpeg", operator if error else None)
+    assert torch.equal(as_trained(jpeg(0)), as_pil(jpeg(0)))
+    assert len(calls) == (1 if error else 0)
+
+
+def test_torchvision_decodes_where_it_can(monkeypatch):
+    if samples_module._decode_jpeg is None:
+        pytest.skip("this torchvision has no JPEG decoder")
+    expected = as_pil(jpeg(0))
+    monkeypatch.setattr(JpegImageFile, "load", None)
+    assert torch.equal(as_trained(jpeg(0)), expected)
 
 
 def test_seeds_are_62_bits_of_key_epoch_and_run():

@@ -9,7 +9,7 @@ from open_clip.transform import image_transform
 from PIL import Image
 from shard_files import shared
 
-from dtpvit.datamodules.transforms import eval_transform, to_rgb, train_transform
+from dtpvit.datamodules.transforms import eval_transform, to_pixels, to_rgb, train_transform
 from dtpvit.errors import UserError
 
 NO_MEAN, UNIT_STD = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
@@ -80,6 +80,15 @@ def test_training_depends_on_image_and_seed_alone():
     others = [transform(image, seed=seed) for seed in range(20)]
     assert len({other.numpy().tobytes() for other in others}) == 20
     assert first.shape == (3, 32, 32) and first.dtype == torch.uint8 and first.is_contiguous()
+
+
+def test_training_takes_pixels_for_an_image():
+    transform, image = train_transform(32, scale=(0.3, 1.0), flip=True), picture(50, 40)
+    pixels = to_pixels(image)
+    assert pixels.shape == (3, 40, 50)
+    for seed in range(10):
+        assert torch.equal(transform(pixels, seed=seed), transform(image, seed=seed))
+        assert torch.equal(transform(pixels.contiguous(), seed=seed), transform(image, seed=seed))
 
 
 def test_without_a_seed_torch_draws():
