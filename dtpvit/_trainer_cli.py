@@ -22,6 +22,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from dtpvit import __version__
 from dtpvit._run_folder import LineProgress, RunCheckpoint, RunLogger, SaveRun, StepSeed
 from dtpvit.errors import UserError
+from dtpvit.tasks.efficiency import EfficiencyMonitor
 
 __all__ = ["TrainerCLI"]
 
@@ -29,8 +30,8 @@ __all__ = ["TrainerCLI"]
 class TrainerCLI(LightningCLI):
     """Parses, builds and runs one of the Trainer's methods; all the work happens in the constructor.
 
-    A run lives in ``runs/<name>``: ``config.yaml``, ``metrics.csv``, ``checkpoints/last.ckpt``. The name is
-    ``--name``, or that of the last config file; ``--trainer.default_root_dir`` puts it elsewhere.
+    A run lives in ``runs/<name>``: ``config.yaml``, ``metrics.csv``, ``efficiency.csv``, ``checkpoints/last.ckpt``. The
+    name is ``--name``, or that of the last config file; ``--trainer.default_root_dir`` puts it elsewhere.
 
     Args:
         command: ``fit``, ``validate``, ``test`` or ``predict``.
@@ -73,6 +74,12 @@ class TrainerCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the run's name and the checkpoint callback, whose settings are thus open to a YAML."""
         parser.add_argument("--name", type=str | None, default=None, help="The run's folder: runs/NAME.")
+        parser.add_argument(
+            "--efficiency",
+            type=bool,
+            default=True,
+            help="In fit, measure time, waiting for data, memory and tokens of each epoch (efficiency.csv).",
+        )
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.set_defaults(
             {
@@ -142,6 +149,9 @@ class TrainerCLI(LightningCLI):
             logger = self._command == "fit" and RunLogger(self.folder, append=self._resuming)
         if logger and self._command == "fit" and not given.fast_dev_run:
             callbacks.append(LearningRateMonitor(logging_interval="step"))
+        measured = any(isinstance(callback, EfficiencyMonitor) for callback in callbacks)
+        if self._get(self.config, "efficiency") and self._command == "fit" and not (measured or given.fast_dev_run):
+            callbacks.append(EfficiencyMonitor())
         if isinstance(seed := self._get(self.config, "seed_everything"), int):
             callbacks.append(StepSeed(seed))
         has_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)

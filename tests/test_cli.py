@@ -52,9 +52,13 @@ def checkpoint(name: str = "line") -> dict[str, Any]:
     return torch.load(f"runs/{name}/checkpoints/last.ckpt", weights_only=True)
 
 
-def metrics(name: str = "line") -> list[dict[str, str]]:
-    with open(f"runs/{name}/metrics.csv", newline="") as file:
+def table(path: str, name: str = "line") -> list[dict[str, str]]:
+    with open(f"runs/{name}/{path}", newline="") as file:
         return list(csv.DictReader(file))
+
+
+def metrics(name: str = "line") -> list[dict[str, str]]:
+    return table("metrics.csv", name)
 
 
 def printed_config(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
@@ -227,6 +231,7 @@ def test_a_run_leaves_its_folder(project: Path, capfd: pytest.CaptureFixture[str
     assert sorted(path.name for path in Path("runs/line").iterdir()) == [
         "checkpoints",
         "config.yaml",
+        "efficiency.csv",
         "hparams.yaml",
         "metrics.csv",
     ]
@@ -280,6 +285,30 @@ def test_a_resumed_run_goes_on_with_its_metrics(project: Path) -> None:
     after = metrics()
     assert [row["step"] for row in after[: len(before)]] == [row["step"] for row in before]
     assert int(after[-1]["step"]) == 23 and len([row for row in after if row["val/loss"]]) == 3
+
+
+def test_a_resumed_run_goes_on_with_its_efficiency(project: Path) -> None:
+    assert fit("--trainer.max_epochs", "1") == 0
+    before = table("efficiency.csv")
+    assert fit("--ckpt_path", "last") == 0
+    after = table("efficiency.csv")
+    assert [(row["epoch"], row["steps"]) for row in after] == [("0", "8"), ("1", "8"), ("2", "8")]
+    assert after[:1] == before
+    assert fit("--trainer.max_epochs", "1") == 0
+    assert len(table("efficiency.csv")) == 1 and len(table("earlier/1/efficiency.csv")) == 3
+
+
+def test_the_efficiency_of_a_run_is_configured_or_left_out(project: Path) -> None:
+    mine = ["--trainer.callbacks+=dtpvit.tasks.efficiency.EfficiencyMonitor", "--trainer.callbacks.filename=mine.csv"]
+    assert fit(*mine) == 0
+    assert len(table("mine.csv")) == 3 and not Path("runs/line/efficiency.csv").exists()
+    logged = [float(row["efficiency/step_seconds"]) for row in metrics() if row["efficiency/step_seconds"]]
+    assert logged == pytest.approx([float(row["step_seconds"]) for row in table("mine.csv")], rel=1e-4)
+    assert fit("--efficiency", "false", "--name", "without") == 0
+    assert not Path("runs/without/efficiency.csv").exists()
+    assert not [name for name in metrics("without")[0] if name.startswith("efficiency/")]
+    assert fit(*mine, "--trainer.fast_dev_run", "true", "--name", "fast") == 0
+    assert not Path("runs/fast").exists()
 
 
 def test_no_checkpoint_overrides_the_command_line(project: Path) -> None:

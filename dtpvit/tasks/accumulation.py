@@ -12,12 +12,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 
 import torch
 from torch import Tensor, nn
 
 from dtpvit.encoder import VisionEncoder
 from dtpvit.encoder.reducers import DynamicPooling
+from dtpvit.tasks.token_count import TokenCount
 
 __all__ = ["CachedStep", "Features", "RandomState", "average_gradients", "joint_thresholds"]
 
@@ -26,11 +29,15 @@ Batch = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Features:
-    """What the loss needs of a micro-batch: normalised features, each (B, embed_dim), and the reducers' loss."""
+    """What the loss needs of a micro-batch: normalised features, each (B, embed_dim), and the reducers' loss.
+
+    ``count`` is what became of its images, for the record.
+    """
 
     image: Tensor
     text: Tensor
     penalty: Tensor
+    count: TokenCount
 
 
 Forward = Callable[[Batch, Mapping[int, Tensor]], Features]
@@ -96,6 +103,7 @@ class CachedStep:
         self.image = torch.cat([features.image for features in cached]).requires_grad_()
         self.text = torch.cat([features.text for features in cached]).requires_grad_()
         self.penalty = torch.stack([features.penalty for features in cached]).requires_grad_()
+        self.count = reduce(add, [features.count for features in cached])
 
     def backward(self, context: Callable[[], AbstractContextManager[object]]) -> None:
         """Carry the gradient at the cached features, left there by the loss, on to the parameters.

@@ -27,6 +27,7 @@ from dtpvit.interop.model_config import model_config
 from dtpvit.tasks.accumulation import Batch, CachedStep, Features, average_gradients, joint_thresholds
 from dtpvit.tasks.contrastive_validation import ContrastiveValidation
 from dtpvit.tasks.optimization import NonFiniteGuard, decay_groups, warmup_cosine
+from dtpvit.tasks.token_count import TokenCount
 
 __all__ = ["Contrastive"]
 
@@ -141,7 +142,7 @@ class Contrastive(lightning.LightningModule):
         """The dual encoder on normalised images and token ids, see :meth:`DualEncoder.forward`."""
         return self.model(images, text)
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         pieces = self.hparams["accum_freq"]
         if pieces == 1:
             features = self._features(batch, {})
@@ -152,7 +153,7 @@ class Contrastive(lightning.LightningModule):
         loss = loss + features.penalty
         self.log("train/loss", loss.detach(), prog_bar=True)
         self.log("train/logit_scale", self.model.logit_scale.detach().exp())
-        return loss
+        return {"loss": loss, "token_count": features.count}
 
     def _contrastive_loss(self, image: Tensor, text: Tensor) -> Tensor:
         with torch.autocast(self.device.type, enabled=False):
@@ -167,7 +168,7 @@ class Contrastive(lightning.LightningModule):
         text = self.model.encode_text(batch["text"], normalize=True)
         self._log_encoding(encoding)
         penalty = torch.stack([*encoding.losses.values(), image.new_zeros(())]).sum()
-        return Features(normalize(image, dim=-1), text, penalty)
+        return Features(normalize(image, dim=-1), text, penalty, TokenCount.of(encoding))
 
     def _cached_features(self, batch: Batch, pieces: int) -> Features:
         """Features of the whole batch, detached from the parameters; :meth:`backward` connects them again."""
@@ -181,7 +182,8 @@ class Contrastive(lightning.LightningModule):
         thresholds = joint_thresholds(self.model.visual.trunk, images, [piece["seed"] for piece in micro])
         self._cached = CachedStep(micro, self._features, thresholds)
         share = torch.tensor([len(piece["image"]) for piece in micro], device=self.device) / len(batch["image"])
-        return Features(self._cached.image, self._cached.text, (self._cached.penalty * share).sum())
+        penalty = (self._cached.penalty * share).sum()
+        return Features(self._cached.image, self._cached.text, penalty, self._cached.count)
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         self._last_loss = loss.detach()
