@@ -82,8 +82,8 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, layout: Layout, key_bias: Tensor | None = None) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(1, (3, self.num_heads, -1)).unbind(1)
-        return self.proj(packed_attention(q, k, v, layout, key_bias=key_bias).flatten(1))
+        qkv = self.qkv(x).unflatten(1, (3, self.num_heads, -1))
+        return self.proj(packed_attention(qkv, layout, key_bias=key_bias).flatten(1))
 
 
 class Mlp(nn.Module):

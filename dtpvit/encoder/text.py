@@ -28,9 +28,8 @@ class _Attention(nn.Module):
         self.out_proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
-        qkv = nn.functional.linear(x, self.in_proj_weight, self.in_proj_bias)
-        q, k, v = qkv.unflatten(1, (3, self.num_heads, -1)).unbind(1)
-        return self.out_proj(packed_attention(q, k, v, layout, causal=True).flatten(1))
+        qkv = nn.functional.linear(x, self.in_proj_weight, self.in_proj_bias).unflatten(1, (3, self.num_heads, -1))
+        return self.out_proj(packed_attention(qkv, layout, causal=True).flatten(1))
 
 
 class _Mlp(nn.Module):

@@ -21,8 +21,8 @@ def test_kernel_equals_padding(dim, with_bias, causal):
     half = [x.bfloat16().requires_grad_() for x in inputs]
     full = [x.detach().float().requires_grad_() for x in half]
     bias = torch.randint(1, 200, (71,), device="cuda").float().log() if with_bias else None
-    found = packed_attention(*half, layout, key_bias=bias, causal=causal)
-    expected = packed_attention(*full, layout, key_bias=bias, causal=causal)
+    found = packed_attention(torch.stack(half, dim=1), layout, key_bias=bias, causal=causal)
+    expected = packed_attention(torch.stack(full, dim=1), layout, key_bias=bias, causal=causal)
     torch.testing.assert_close(found.float(), expected, rtol=2e-2, atol=2e-2)
     weight = torch.randn_like(expected)
     (found.float() * weight).sum().backward()

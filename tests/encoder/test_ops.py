@@ -41,7 +41,7 @@ def test_attention_and_gradients_equal_one_image_at_a_time(lengths, with_bias, c
     fast = [torch.randn(sum(lengths), 2, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
     slow = [x.detach().clone().requires_grad_() for x in fast]
     bias = torch.rand(sum(lengths), dtype=torch.float64) * 3 if with_bias else None
-    found = packed_attention(*fast, layout_of(lengths), key_bias=bias, causal=causal)
+    found = packed_attention(torch.stack(fast, dim=1), layout_of(lengths), key_bias=bias, causal=causal)
     expected = slow_attention(*slow, lengths, bias, causal)
     torch.testing.assert_close(found, expected)
     weight = torch.randn_like(found)
@@ -53,11 +53,11 @@ def test_attention_and_gradients_equal_one_image_at_a_time(lengths, with_bias, c
 
 def test_duplicated_tokens_equal_one_of_size_two():
     torch.manual_seed(0)
-    q, k, v = torch.randn(3, 6, 2, 4, dtype=torch.float64)
+    qkv = torch.randn(6, 3, 2, 4, dtype=torch.float64)
     twice = torch.tensor([0, 1, 1, 2, 3, 4, 5])
     size = torch.tensor([1.0, 2.0, 1.0, 1.0, 1.0, 1.0], dtype=torch.float64)
-    merged = packed_attention(q, k, v, layout_of([6]), key_bias=size.log())
-    apart = packed_attention(q[twice], k[twice], v[twice], layout_of([7]))
+    merged = packed_attention(qkv, layout_of([6]), key_bias=size.log())
+    apart = packed_attention(qkv[twice], layout_of([7]))
     torch.testing.assert_close(merged, apart[[0, 1, 3, 4, 5, 6]])
 
 
@@ -76,9 +76,9 @@ def test_folded_bias_equals_added_bias(dtype):
 
 
 def test_causal_with_bias_is_refused():
-    x = torch.randn(2, 1, 4)
+    x = torch.randn(2, 3, 1, 4)
     with pytest.raises(ValueError, match="causal"):
-        packed_attention(x, x, x, layout_of([2]), key_bias=torch.zeros(2), causal=True)
+        packed_attention(x, layout_of([2]), key_bias=torch.zeros(2), causal=True)
 
 
 def test_take_rows_has_the_gradient_of_indexing():

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
 
 from dtpvit.encoder.ops.rows import take_rows
 from dtpvit.encoder.tokens import Layout
@@ -20,13 +21,7 @@ __all__ = ["fold_key_bias", "packed_attention"]
 
 
 def packed_attention(
-    q_THE: Tensor,
-    k_THE: Tensor,
-    v_THE: Tensor,
-    layout: Layout,
-    *,
-    key_bias: Tensor | None = None,
-    causal: bool = False,
+    qkv_T3HE: Tensor, layout: Layout, *, key_bias: Tensor | None = None, causal: bool = False
 ) -> Tensor:
     """Softmax attention of each image's tokens among themselves.
 
@@ -34,9 +29,7 @@ def packed_attention(
     half precision, elsewhere they are padded for this one call.
 
     Args:
-        q_THE: Queries, shape (T, H, E).
-        k_THE: Keys, likewise.
-        v_THE: Values, likewise.
+        qkv_T3HE: Queries, keys and values side by side, as one projection makes them, shape (T, 3, H, E).
         layout: Where each image's tokens lie.
         key_bias: Added to the logits of each key, float32, shape (T,); it gets no gradient.
         causal: Whether a token sees only those before it in its sequence, and itself.
@@ -49,15 +42,16 @@ def packed_attention(
     """
     if key_bias is not None and causal:
         raise ValueError("a key bias with causal attention is not supported")
-    if _has_varlen_kernel(q_THE) and not (layout.uniform and key_bias is None):
-        return _varlen(q_THE, k_THE, v_THE, layout, key_bias, causal)
+    if _has_varlen_kernel(qkv_T3HE) and not (layout.uniform and key_bias is None):
+        return _varlen(*qkv_T3HE.unbind(1), layout, key_bias, causal)
     if layout.uniform:
-        shape = (layout.batch, layout.longest)
-        q, k, v = (x.unflatten(0, shape).transpose(1, 2) for x in (q_THE, k_THE, v_THE))
-        mask = None if key_bias is None else _mask(key_bias.view(shape), q)
-        out = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
-        return out.transpose(1, 2).flatten(0, 1)
-    return _padded(q_THE, k_THE, v_THE, layout, key_bias, causal)
+        mask = None if key_bias is None else key_bias.view(layout.batch, layout.longest)
+        return _dense(qkv_T3HE, layout, mask, causal).flatten(0, 1)
+    if torch.is_grad_enabled() and qkv_T3HE.requires_grad:
+        # Padding costs little to compute, but up to three times the tokens if kept for the backward pass.
+        out = checkpoint(_padded, qkv_T3HE, layout, key_bias, causal, use_reentrant=False, preserve_rng_state=False)
+        return out  # pyright: ignore[reportReturnType]
+    return _padded(qkv_T3HE, layout, key_bias, causal)
 
 
 def fold_key_bias(q_THE: Tensor, k_THE: Tensor, v_THE: Tensor, key_bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -91,22 +85,23 @@ def fold_key_bias(q_THE: Tensor, k_THE: Tensor, v_THE: Tensor, key_bias: Tensor)
     return q, k, v
 
 
-def _mask(bias: Tensor, q: Tensor) -> Tensor:
-    """Key bias of shape (B, N) as a mask over (B, 1, N queries, N keys), without a copy."""
-    return bias.to(q.dtype)[:, None, None, :].expand(-1, 1, q.shape[2], -1)
+def _dense(qkv: Tensor, layout: Layout, bias: Tensor | None, causal: bool) -> Tensor:
+    """Attention over a grid of B rows of ``longest`` cells, given as (B * longest, 3, H, E): (B, longest, H, E)."""
+    q, k, v = qkv.unflatten(0, (layout.batch, layout.longest)).permute(2, 0, 3, 1, 4).unbind(0)
+    mask = None if bias is None else bias.to(q.dtype)[:, None, None, :].expand(-1, 1, layout.longest, -1)
+    return scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal).transpose(1, 2)
 
 
-def _padded(q: Tensor, k: Tensor, v: Tensor, layout: Layout, key_bias: Tensor | None, causal: bool) -> Tensor:
-    shape = (layout.batch, layout.longest)
-    q, k, v = (take_rows(x, layout.padded, layout.unpadded).unflatten(0, shape).transpose(1, 2) for x in (q, k, v))
-    if causal:
-        # Padding lies behind every real token, so the causal mask alone hides it.
-        out = scaled_dot_product_attention(q, k, v, is_causal=True)
-    else:
-        bias = torch.zeros(shape, device=q.device) if key_bias is None else key_bias[layout.padded].view(shape)
+def _padded(qkv: Tensor, layout: Layout, key_bias: Tensor | None, causal: bool) -> Tensor:
+    cells = take_rows(qkv, layout.padded, layout.unpadded)
+    bias = None
+    if not causal:  # there padding lies behind every real token, and the causal mask alone hides it
+        bias = torch.zeros(layout.padding.shape, device=qkv.device)
+        if key_bias is not None:
+            bias = key_bias[layout.padded].view(layout.padding.shape)
         bias = bias.masked_fill(layout.padding, float("-inf"))
-        out = scaled_dot_product_attention(q, k, v, attn_mask=_mask(bias, q))
-    return take_rows(out.transpose(1, 2).flatten(0, 1), layout.unpadded, layout.padded, unread=layout.padding)
+    out = _dense(cells, layout, bias, causal).flatten(0, 1)
+    return take_rows(out, layout.unpadded, layout.padded, unread=layout.padding)
 
 
 def _has_varlen_kernel(q: Tensor) -> bool:

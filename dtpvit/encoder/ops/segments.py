@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+_ROWS_AT_ONCE = 1024  # on a CPU a product of so many rows stays in the cache
+
 __all__ = ["ESTIMATORS", "Segments", "dtp_vote", "pool_segments", "segment_ids", "symmetric_vote"]
 
 
@@ -143,19 +145,28 @@ class _PoolSegments(torch.autograd.Function):
         segments: Segments = ctx.segments
         grad = grads[0]
         grad_features = grad_starts = None
-        if ctx.needs_input_grad[0]:
-            size = segments.size
-            if segments.order is not None:
-                size = torch.empty_like(size).scatter_(0, segments.order, size)
-            share = grad / segments.total[:, None].to(grad.dtype)
-            grad_features = share.index_select(0, segments.tokens()) * size[:, None].to(grad.dtype)
+        # One tensor for both gradients: on a CPU a fresh (T, D) tensor costs more than filling it.
+        spread = grad.index_select(0, segments.tokens())
         if ctx.needs_input_grad[1]:
             wide = torch.promote_types(features.dtype, torch.float32)
-            line = features if segments.order is None else features.index_select(0, segments.order)
-            offset = (grad.to(wide) * pooled.to(wide)).sum(1)
-            pull = (grad.index_select(0, segments.ids).to(wide) * line.to(wide)).sum(1) - offset[segments.ids]
+            offset = _row_products(grad, pooled, wide)
+            pull = _row_products(spread, features, wide)
+            pull = pull if segments.order is None else pull[segments.order]
+            pull = pull - offset[segments.ids]
             grad_starts = ctx.vote(pull, grad.to(wide), pooled.to(wide), segments)
+        if ctx.needs_input_grad[0]:
+            share = segments.size / segments.total[segments.ids]
+            if segments.order is not None:
+                share = torch.empty_like(share).scatter_(0, segments.order, share)
+            grad_features = spread.mul_(share[:, None].to(grad.dtype))
         return grad_features, grad_starts, None, None
+
+
+def _row_products(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """Inner product of each row of ``a`` with the same row of ``b``, in ``dtype``: (T, D), (T, D) to (T,)."""
+    rows = _ROWS_AT_ONCE if a.device.type == "cpu" else max(1, a.shape[0])
+    parts = zip(a.split(rows), b.split(rows), strict=True)
+    return torch.cat([(x.to(dtype) * y.to(dtype)).sum(1) for x, y in parts])
 
 
 def pool_segments(features: Tensor, starts: Tensor, segments: Segments, *, estimator: str = "symmetric") -> Tensor:
