@@ -68,17 +68,23 @@ class Layout:
     @_Derived
     def first(self) -> Tensor:
         """Packed position of each sequence's first token, shape (B,)."""
+        if self.uniform:
+            return torch.arange(self.batch, device=self.lengths.device) * self.longest
         return self.lengths.cumsum(0) - self.lengths
 
     @_Derived
     def image(self) -> Tensor:
         """Image that each token belongs to, int64, shape (T,)."""
         index = torch.arange(self.batch, device=self.lengths.device)
+        if self.uniform:
+            return index[:, None].expand(-1, self.longest).reshape(-1)
         return index.repeat_interleave(self.lengths, output_size=self.total)
 
     @_Derived
     def position(self) -> Tensor:
         """Position of each token within its own sequence, prefix counted, shape (T,)."""
+        if self.uniform:
+            return torch.arange(self.longest, device=self.lengths.device).expand(self.batch, -1).reshape(-1)
         return torch.arange(self.total, device=self.lengths.device) - self.first[self.image]
 
     @_Derived
@@ -105,6 +111,8 @@ class Layout:
     @_Derived
     def padded(self) -> Tensor:
         """Packed position behind each cell of a (B, longest) grid; padding repeats the last token."""
+        if self.uniform:
+            return torch.arange(self.total, device=self.lengths.device)
         column = torch.arange(self.longest, device=self.lengths.device)
         inside = torch.minimum(column, self.lengths[:, None] - 1)
         return (self.first[:, None] + inside).reshape(-1)
@@ -112,6 +120,8 @@ class Layout:
     @_Derived
     def unpadded(self) -> Tensor:
         """Cell of the (B, longest) grid that holds each packed token, shape (T,)."""
+        if self.uniform:
+            return self.padded
         return self.image * self.longest + self.position
 
     @_Derived

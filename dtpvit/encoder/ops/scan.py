@@ -70,12 +70,11 @@ def window_order(rows: int, columns: int, window: int, device: torch.device | No
         Raster index of the patch at each place, int64, and begins, bool, both of shape (rows * columns,); windows at
         the right and lower border may be partial.
     """
-    row, column = torch.arange(rows)[:, None] // window, torch.arange(columns) // window
-    number = (row * -(-columns // window) + column).flatten()
-    order = torch.argsort(number, stable=True)
-    begins = torch.ones(rows * columns, dtype=torch.bool)
-    begins[1:] = number[order][1:] != number[order][:-1]
-    return order.to(device), begins.to(device)
+    wide = -(-columns // window)
+    number = [row // window * wide + column // window for row in range(rows) for column in range(columns)]
+    order = sorted(range(rows * columns), key=number.__getitem__)
+    begins = [i == 0 or number[order[i]] != number[order[i - 1]] for i in range(rows * columns)]
+    return torch.tensor(order, device=device), torch.tensor(begins, device=device)
 
 
 def _sign(x: int) -> int:
