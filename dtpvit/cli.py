@@ -34,7 +34,7 @@ COMMANDS = {
         "dtpvit.evaluation.zeroshot:zeroshot",
     ),
     "export": Command(
-        "write a checkpoint as a folder that open_clip loads: --help lists the options",
+        "write a checkpoint as a folder that open_clip loads, or as ONNX: --help lists the options",
         "dtpvit.interop.export:export",
     ),
 }
