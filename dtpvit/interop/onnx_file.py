@@ -34,7 +34,9 @@ class _Features(nn.Module):
         return found if isinstance(found, Tensor) else found.pooled
 
 
-def write_onnx(encoder: VisionEncoder | VisualTower, path: str | Path, *, notes: Mapping[str, str] | None = None) -> float:
+def write_onnx(
+    encoder: VisionEncoder | VisualTower, path: str | Path, *, notes: Mapping[str, str] | None = None
+) -> float:
     """Write one ONNX file, weights included, and compare it with the encoder in onnxruntime.
 
     Its input ``images`` has shape (batch, channels, height, width), normalised, its output ``features`` (batch, D): the
@@ -80,7 +82,9 @@ def _check_static(trunk: VisionEncoder) -> None:
         assert isinstance(reducer, TokenReducer)
         where = f"{type(reducer).__name__} before block {block}"
         if reducer.draws == "always":
-            raise UserError(f"{where} draws from a checksum of the pixels, which ONNX cannot compute; use another reducer")
+            raise UserError(
+                f"{where} draws from a checksum of the pixels, which ONNX cannot compute; use another reducer"
+            )
         if not reducer.fixed:
             raise UserError(
                 f"{where} has a dynamic budget, an ONNX file needs static shapes; "
@@ -121,5 +125,7 @@ def _difference(module: nn.Module, path: str | Path, images: Tensor) -> float:
         expected = module(images)
     difference = float((found - expected).abs().max())
     if not difference <= _TOLERANCE * max(1.0, float(expected.abs().max())):
-        raise UserError(f"onnxruntime computes features that differ by {difference:.1e}; do not use {path}, report this")
+        raise UserError(
+            f"onnxruntime computes features that differ by {difference:.1e}; do not use {path}, report this"
+        )
     return difference
