@@ -69,8 +69,8 @@ def assert_same_step(one, two):
             )
 
 
-def check_compiled(options, backend, **compiling):
-    encoder = small(**options).train()
+def check_compiled(arguments, backend, **compiling):
+    encoder = small(**arguments).train()
     twin = copy.deepcopy(encoder)
     compiled = torch.compile(encoder, fullgraph=True, backend=backend, **compiling)
     for _ in range(2):  # the second step knows the gradient baseline of the first
@@ -99,6 +99,18 @@ def test_a_whole_encoder_is_one_graph(name):
 @pytest.mark.parametrize("name", ENCODERS)
 def test_a_whole_encoder_is_one_graph_of_generated_code(name):
     check_compiled(ENCODERS[name], "inductor", options={"fallback_random": True})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("budget", ["fixed", "dynamic"])
+def test_checkpointed_blocks_compile_and_a_dynamic_budget_in_pieces(budget):
+    encoder = small(reducers={1: lambda dim: DynamicPooling(dim, compression=4, budget=budget)}).train()
+    encoder.set_grad_checkpointing()
+    twin = copy.deepcopy(encoder)
+    compiled = torch.compile(encoder, fullgraph=budget == "fixed", backend="aot_eager")
+    for _ in range(2):
+        images = torch.randn(4, 3, 48, 48)
+        assert_same_step(trained(encoder, compiled, images), trained(twin, twin, images))
 
 
 @pytest.mark.parametrize("train", [False, True])
