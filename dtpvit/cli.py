@@ -47,7 +47,7 @@ COMMANDS = {
         ),
     ),
     "export": Command(
-        "write a checkpoint as a folder that open_clip loads: --help lists the options",
+        "write a checkpoint as a folder that open_clip loads, or as ONNX: --help lists the options",
         "dtpvit.interop.export:export",
     ),
 }

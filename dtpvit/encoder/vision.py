@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dtpvit.encoder.layers import Block, PatchEmbed, resize_position_embedding
+from dtpvit.encoder.ops.exportable import means_by_product
 from dtpvit.encoder.ops.noise import advance_seed, checksum, draw_seeds
 from dtpvit.encoder.ops.segments import Segments, pool_segments
 from dtpvit.encoder.reducers.base import Evidence, Reduction, TokenReducer
@@ -161,7 +162,7 @@ class VisionEncoder(nn.Module):
         if seeds is None and self.needs_seed:
             seeds = draw_seeds(len(images), images.device) if self.training else checksum(images)
         x = self.patch_embed(images)
-        x = torch.cat((self.cls_token.to(x.dtype).expand(len(x), -1, -1), x), dim=1) + self.pos_embed
+        x = torch.cat((self.cls_token.to(x.dtype).expand(x.shape[0], -1, -1), x), dim=1) + self.pos_embed
         return Tokens.from_dense(self.norm_pre(x), num_prefix=1, grid=self.grid_size, seed=seeds)
 
     def forward(
@@ -233,6 +234,8 @@ class VisionEncoder(nn.Module):
         weight = tokens.size.masked_fill(layout.prefix, 0.0)
         total = torch.zeros(layout.batch, device=weight.device).index_add_(0, layout.image, weight)
         images = Segments(layout.image, layout.first, None, layout.opening, weight, total.clamp(min=1.0))
+        if torch.compiler.is_exporting():
+            return means_by_product(tokens.features, images, layout.batch)
         return pool_segments(tokens.features, torch.zeros_like(weight), images)
 
     def _reduce(self, index: int, tokens: Tokens, threshold: Tensor | None = None) -> Reduction | None:

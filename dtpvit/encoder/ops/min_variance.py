@@ -56,6 +56,8 @@ def minimum_variance_starts(features: Tensor, weight: Tensor, segments: Tensor, 
         True where a segment starts, bool, shape (B, N).
     """
     batch, length, _ = features.shape
+    if torch.compiler.is_exporting():  # chunks would fix the number of images
+        return _starts(features, weight, segments, most)
     step = max(1, _CHUNK_BYTES // (8 * (length + 1) ** 2))
     parts = [
         _starts(features[i : i + step], weight[i : i + step], segments[i : i + step], most)

@@ -73,4 +73,5 @@ def regress_votes(hard: Tensor, logits: Tensor, layout: Layout) -> Tensor:
     Returns:
         Shape (T,).
     """
+    _ = layout.image, layout.opening  # kept in the layout from here on: a compiled backward pass may not write to it
     return _Regress.apply(hard, logits, layout)

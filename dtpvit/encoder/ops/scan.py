@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, wraps
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,8 +13,26 @@ __all__ = ["ORDERS", "scan_order", "window_order"]
 
 ORDERS = ("raster", "serpentine", "hilbert")
 
+P = ParamSpec("P")
+R = TypeVar("R")
 
-@lru_cache(maxsize=64)
+
+def _kept(function: Callable[P, R]) -> Callable[P, R]:
+    """Keep the results of the last calls; a constant to ``torch.compile``.
+
+    Export traces with placeholders for tensors, which must not stay behind for the next eager call.
+    """
+    kept = lru_cache(maxsize=64)(function)
+
+    @torch.compiler.assume_constant_result
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        return (function if torch.compiler.is_exporting() else kept)(*args, **kwargs)
+
+    return call
+
+
+@_kept
 def scan_order(order: str, rows: int, columns: int, device: torch.device | None = None) -> Tensor:
     """Raster index of the patch at each place of the line, int64, shape (rows * columns,); kept for the next call.
 
@@ -42,7 +62,7 @@ def scan_order(order: str, rows: int, columns: int, device: torch.device | None 
     return torch.tensor([row * columns + column for row, column in walk], device=device)
 
 
-@lru_cache(maxsize=64)
+@_kept
 def window_order(rows: int, columns: int, window: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
     """Order of a grid's patches by square windows, and which places begin a window.
 
@@ -50,12 +70,11 @@ def window_order(rows: int, columns: int, window: int, device: torch.device | No
         Raster index of the patch at each place, int64, and begins, bool, both of shape (rows * columns,); windows at
         the right and lower border may be partial.
     """
-    row, column = torch.arange(rows)[:, None] // window, torch.arange(columns) // window
-    number = (row * -(-columns // window) + column).flatten()
-    order = torch.argsort(number, stable=True)
-    begins = torch.ones(rows * columns, dtype=torch.bool)
-    begins[1:] = number[order][1:] != number[order][:-1]
-    return order.to(device), begins.to(device)
+    wide = -(-columns // window)
+    number = [row // window * wide + column // window for row in range(rows) for column in range(columns)]
+    order = sorted(range(rows * columns), key=number.__getitem__)
+    begins = [i == 0 or number[order[i]] != number[order[i - 1]] for i in range(rows * columns)]
+    return torch.tensor(order, device=device), torch.tensor(begins, device=device)
 
 
 def _sign(x: int) -> int:

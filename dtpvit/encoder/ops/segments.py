@@ -59,7 +59,7 @@ class Segments:
             order: Shape (T,).
         """
         ids = segment_ids(starts)
-        places = torch.arange(len(ids), device=ids.device)
+        places = torch.arange(ids.shape[0], device=ids.device)
         slot = torch.where(starts.detach() > 0.5, ids, count)  # all that begin nothing share the last, unused slot
         begin = places.new_empty(count + 1).scatter_(0, slot, places)[:count]
         line_size = size if order is None else size[order]
@@ -129,7 +129,7 @@ class _PoolSegments(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, features: Tensor, starts: Tensor, segments: Segments, vote: Vote) -> Tensor:
         order = segments.order
-        line = torch.arange(len(features), device=features.device) if order is None else order
+        line = torch.arange(features.shape[0], device=features.device) if order is None else order
         # One fused pass that reads rows in line order and adds each segment in sequence: no (T, D) copy, no atomics.
         total = embedding_bag(
             line, features.detach(), segments.begin, mode="sum", per_sample_weights=segments.size.to(features.dtype)

@@ -51,10 +51,12 @@ class TokenReducer(nn.Module, ABC):
     Attributes:
         drops: Whether patches may be lost.
         draws: When it makes random choices, as a function of ``tokens.seed``.
+        fixed: Whether images of equal length keep equally many tokens, so that shapes are static.
     """
 
     drops: bool = False
     draws: Literal["never", "training", "always"] = "never"
+    fixed: bool = False
 
     @abstractmethod
     def forward(self, tokens: Tokens, evidence: Evidence) -> Reduction:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,17 +16,16 @@ __all__ = ["GradientBaseline"]
 
 class _Subtract(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, scores: Tensor, free: Tensor, baseline: GradientBaseline) -> Tensor:
-        ctx.save_for_backward(free)
-        ctx.baseline = baseline
+    def forward(ctx: Any, scores: Tensor, free: Tensor, baseline: Tensor, tally: Tensor) -> Tensor:
+        ctx.save_for_backward(free, baseline.clone())
         return scores.view_as(scores)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (free,) = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, Tensor]:
+        free, baseline = ctx.saved_tensors
         grad = grads[0].masked_fill(~free, 0.0)
-        ctx.baseline.note(grad.sum(), free.sum())
-        return (grad - ctx.baseline.boundary_baseline).masked_fill(~free, 0.0), None, None
+        entry = torch.stack((grad.sum().to(torch.float32), free.sum().to(torch.float32)))
+        return (grad - baseline).masked_fill(~free, 0.0), None, None, entry
 
 
 class GradientBaseline(FullPrecision):
@@ -42,23 +42,25 @@ class GradientBaseline(FullPrecision):
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("boundary_baseline", torch.zeros(()))
-        self._tally: Tensor | None = None
+        # Sum and count of this step's gradients arrive as the gradient of this tensor: autograd adds up micro-batches,
+        # and a compiled step needs no side effect. No parameter, since no optimizer may touch it.
+        self.tally = torch.zeros(2, requires_grad=True)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GradientBaseline:
+        super()._apply(fn, recurse)
+        self.tally = torch.zeros(2, device=self.boundary_baseline.device, requires_grad=True)
+        return self
 
     def forward(self, scores: Tensor, free: Tensor) -> Tensor:
         """``scores``, whose gradient will be taken down by the baseline at ``free`` places; both of shape (T,)."""
-        return _Subtract.apply(scores, free, self)
-
-    def note(self, total: Tensor, count: Tensor) -> None:
-        """Add a micro-batch's gradient to the tally of this step."""
-        entry = torch.stack((total.to(torch.float32), count.to(torch.float32)))
-        self._tally = entry if self._tally is None else self._tally + entry
+        return _Subtract.apply(scores, free, self.boundary_baseline, self.tally)
 
     @torch.no_grad()
     def settle(self) -> None:
         """Make the tally of the step that ended the baseline of the next, over all ranks; they call it together."""
-        if self._tally is None:
+        if self.tally.grad is None:
             return
-        tally = gather_columns(self._tally[:, None]).sum(1)
-        self._tally = None
+        tally = gather_columns(self.tally.grad[:, None]).sum(1)
+        self.tally.grad = None
         mean = tally[0] / tally[1].clamp(min=1)
         self.boundary_baseline.copy_(torch.where(mean.isfinite(), mean, self.boundary_baseline))

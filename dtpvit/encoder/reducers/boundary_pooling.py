@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from dtpvit.encoder.ops.exportable import means_by_product
 from dtpvit.encoder.ops.scan import ORDERS, scan_order
 from dtpvit.encoder.ops.segments import ESTIMATORS, Segments, pool_segments
 from dtpvit.encoder.reducers.base import TokenReducer
@@ -73,7 +74,10 @@ class BoundaryPooling(TokenReducer):
         layout = tokens.layout
         pooled_layout = self._pooled_layout(starts, layout, fixed)
         segments = Segments.of(starts, pooled_layout.total, tokens.size, layout.opening, order)
-        features = pool_segments(tokens.features, starts, segments, estimator=self.estimator)
+        if torch.compiler.is_exporting():
+            features = means_by_product(tokens.features, segments, layout.batch)
+        else:
+            features = pool_segments(tokens.features, starts, segments, estimator=self.estimator)
         return replace(
             tokens,
             features=features,

@@ -29,6 +29,8 @@ class FixedStride(BoundaryPooling):
         proportional: Size-proportional attention after pooling.
     """
 
+    fixed = True
+
     def __init__(self, dim: int, *, compression: float, order: Order = "raster", proportional: bool = True) -> None:
         super().__init__(compression, order=order, proportional=proportional)
 
@@ -103,6 +105,8 @@ class GridPooling(BoundaryPooling):
     Raises:
         ValueError: If the tokens form no grid any more.
     """
+
+    fixed = True
 
     def __init__(self, dim: int, *, window: int = 2, proportional: bool = True) -> None:
         super().__init__(window**2, proportional=proportional)

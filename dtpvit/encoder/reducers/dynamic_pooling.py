@@ -110,6 +110,13 @@ class DynamicPooling(BoundaryPooling):
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, rate={self.rate!r}, budget={'fixed' if self.fixed else 'dynamic'}"
 
+    def fix_budget(self) -> None:
+        """Keep the top ceil(N / compression) logits of each image from now on, whatever the threshold learned.
+
+        The weights stay. Counts then follow the rate image by image instead of on average, and shapes are static.
+        """
+        self.fixed, self.boundary_calibration = True, None
+
     def macs(self, tokens: Tensor, dim: int) -> Tensor:
         return self.boundary_predictor.macs(tokens, dim, self.compression)
 
