@@ -146,9 +146,9 @@ def _call(name: str, target: str, positional: tuple[str, str] | None, arguments:
     module, function = target.split(":")
     component = getattr(importlib.import_module(module), function)
     parser = ArgumentParser(
-        prog=f"dtpvit {name}", description=inspect.getdoc(component).split("\n\nArgs:")[0], exit_on_error=False
+        prog=f"dtpvit {name}", description=(inspect.getdoc(component) or "").split("\n\nArgs:")[0], exit_on_error=False
     )
-    taken = set[str]()
+    taken = set[str | int]()
     if positional is not None:
         parameter, text = positional
         taken.add(parameter)

@@ -148,7 +148,8 @@ class _Run:
     """A step of a tower, forward alone or forward and backward."""
 
     def __init__(self, tower: Tower, images: Tensor, device: torch.device, precision: Precision, train: bool) -> None:
-        self.tower, self.images, self.device, self.precision, self.train = tower, images, device, precision, train
+        self.tower, self.images, self.device, self.train = tower, images, device, train
+        self.precision: Precision = precision
         self.layouts: tuple[Layout, ...] = ()
 
     def forward(self) -> Tensor:

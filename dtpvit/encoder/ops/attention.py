@@ -43,7 +43,8 @@ def packed_attention(
     if key_bias is not None and causal:
         raise ValueError("a key bias with causal attention is not supported")
     if _has_varlen_kernel(qkv_T3HE) and not (layout.uniform and key_bias is None):
-        return _varlen(*qkv_T3HE.unbind(1), layout, key_bias, causal)
+        q, k, v = qkv_T3HE.unbind(1)
+        return _varlen(q, k, v, layout, key_bias, causal)
     if layout.uniform:
         mask = None if key_bias is None else key_bias.view(layout.batch, layout.longest)
         return _dense(qkv_T3HE, layout, mask, causal).flatten(0, 1)
