@@ -39,7 +39,7 @@ COMMANDS = {
         "dtpvit.evaluation.zeroshot:zeroshot",
     ),
     "cost": Command(
-        "GMACs, images/s, memory and what became of the FLOPs: MODEL... [--images DATA] [--reference MODEL]",
+        "GMACs, images/s, memory, and what became of the FLOPs: MODEL... [--images DATA] [--json FILE]",
         "dtpvit.evaluation.cost_command:cost",
         positional=(
             "models",
@@ -47,7 +47,7 @@ COMMANDS = {
         ),
     ),
     "export": Command(
-        "write a checkpoint as a folder that open_clip loads, or as ONNX: --help lists the options",
+        "write a checkpoint as a folder that open_clip loads (--out), or as ONNX (--onnx)",
         "dtpvit.interop.export:export",
     ),
 }

@@ -63,11 +63,11 @@ class MlpRouter(Router):
     def forward(self, tokens: Tokens, order: Tensor | None, segments: Tensor, most: int) -> Tensor:
         x = self.norm(tokens.features.to(self.fc1.weight.dtype))
         hidden = nn.functional.gelu(self.fc1(x))
-        weight = self.LIMIT * nn.functional.normalize(self.fc2.weight, dim=1)[0]
+        weight = self.LIMIT * nn.functional.normalize(self.fc2.weight, dim=1)
         # The cosine to the centred hidden units: GELU's positive mean would shift all logits at the start. Centring the
         # weight instead gives the same product, the variance gives the length, and no further (T, D) tensor is made.
         length = (hidden.var(dim=1, correction=0) * hidden.shape[1]).sqrt().clamp(min=1e-12)
-        logits = hidden @ (weight - weight.mean()) / length
+        logits = nn.functional.linear(hidden, weight - weight.mean()).squeeze(-1) / length
         if self.fc2.bias is not None:
             logits = logits + self.fc2.bias
         return logits if order is None else logits[order]
