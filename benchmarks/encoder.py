@@ -5,6 +5,8 @@ python -m benchmarks.encoder --images DIR --output docs/results/encoder.md
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from jsonargparse import auto_cli
 
@@ -50,6 +52,7 @@ def encoder(
                 kind = "random pixels, nominal rate" if source is None else "real images, counts vary"
                 parts.append(f"## B/{patch}, batch {batch}, {precision}, {kind}\n")
                 parts.append(_table(_measure(patch, batch, precision, source, rounds, place)))
+                print(*parts[-2:], sep="\n", file=sys.stderr)
         if patch == 32:
             parts.append(f"## Packed against padded to the batch's longest, B/32 10x, batch {batch}, fp32\n")
             parts.append(_packing(batch, images, rounds, place))

@@ -12,8 +12,8 @@ from jsonargparse import auto_cli
 from torch import Tensor
 
 from benchmarks.record import heading, pages, table
+from dtpvit.encoder.layout import Layout
 from dtpvit.encoder.ops.segments import Segments, pool_segments
-from dtpvit.encoder.tokens import Layout
 from dtpvit.evaluation.arguments import chosen_device
 from dtpvit.evaluation.measuring import Quartiles, alternate, memory_of_step, speed_ups
 

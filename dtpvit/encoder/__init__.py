@@ -1,9 +1,10 @@
 """The encoder package that every task shares; it needs torch and nothing else."""
 
 from dtpvit.encoder.dual import DualEncoder, VisualTower
+from dtpvit.encoder.layout import Layout
 from dtpvit.encoder.presets import preset
 from dtpvit.encoder.text import TextTower
-from dtpvit.encoder.tokens import Layout, Tokens
+from dtpvit.encoder.tokens import Tokens
 from dtpvit.encoder.vision import Encoding, VisionEncoder
 
 __all__ = ["DualEncoder", "Encoding", "Layout", "TextTower", "Tokens", "VisionEncoder", "VisualTower", "preset"]

@@ -8,8 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from dtpvit.encoder.layout import Layout
 from dtpvit.encoder.ops.attention import packed_attention
-from dtpvit.encoder.tokens import Layout, Tokens
+from dtpvit.encoder.tokens import Tokens
 
 __all__ = [
     "Attention",

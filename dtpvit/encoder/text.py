@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dtpvit.encoder.layers import activation
+from dtpvit.encoder.layout import Layout
 from dtpvit.encoder.ops.attention import packed_attention
-from dtpvit.encoder.tokens import Layout
 
 __all__ = ["TextTower"]
 
@@ -130,8 +130,7 @@ class TextTower(nn.Module):
             Shape (B, embed_dim).
         """
         lengths = text.argmax(dim=1) + 1
-        total, longest = torch.stack((lengths.sum(), lengths.max())).tolist()
-        layout = Layout(lengths, longest, total)
+        layout = Layout.fetched(lengths)
         x = self.token_embedding(text[layout.image, layout.position])
         x = x + self.positional_embedding[layout.position].to(x.dtype)
         x = self.transformer(x, layout)

@@ -5,130 +5,14 @@ Shape letters: T tokens of all images, B images, P original patches of all image
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-__all__ = ["Layout", "Tokens"]
+from dtpvit.encoder.layout import Layout
 
-
-class _Derived:
-    """A tensor computed on first use and kept in the instance, where later reads find it.
-
-    ``functools.cached_property`` takes a lock before Python 3.12, which ``torch.compile`` cannot trace.
-    """
-
-    def __init__(self, function: Callable[[Layout], Tensor]) -> None:
-        self.function, self.__doc__ = function, function.__doc__
-        self.name = function.__name__
-
-    def __get__(self, layout: Layout | None, owner: type | None = None) -> Tensor:
-        if layout is None:
-            return self  # pyright: ignore[reportReturnType]: on the class, for documentation
-        value = self.function(layout)
-        setattr(layout, self.name, value)
-        return value
-
-
-class Layout:
-    """Where each image's tokens lie in a packed batch, and what attention needs to know about it.
-
-    Derived index tensors are computed on first use and kept, so that all blocks between two reducers share them.
-
-    Args:
-        lengths: Tokens of each image, prefix included, int64, shape (B,).
-        longest: ``lengths.max()``, known on the host so that no block has to synchronise.
-        total: ``lengths.sum()``, likewise.
-        num_prefix: Class and register tokens that each sequence starts with.
-    """
-
-    def __init__(self, lengths: Tensor, longest: int, total: int, num_prefix: int = 0) -> None:
-        self.lengths = lengths
-        self.longest = longest
-        self.total = total
-        self.num_prefix = num_prefix
-
-    @classmethod
-    def uniform_of(cls, batch: int, length: int, num_prefix: int, device: torch.device) -> Layout:
-        """Layout of ``batch`` sequences of the same ``length``; costs no synchronisation."""
-        lengths = torch.full((batch,), length, dtype=torch.int64, device=device)
-        return cls(lengths, length, batch * length, num_prefix)
-
-    @property
-    def batch(self) -> int:
-        return self.lengths.shape[0]
-
-    @property
-    def uniform(self) -> bool:
-        """Whether every sequence has the same length, so that a packed batch is a dense one."""
-        return self.total == self.batch * self.longest
-
-    @_Derived
-    def first(self) -> Tensor:
-        """Packed position of each sequence's first token, shape (B,)."""
-        if self.uniform:
-            return torch.arange(self.batch, device=self.lengths.device) * self.longest
-        return self.lengths.cumsum(0) - self.lengths
-
-    @_Derived
-    def image(self) -> Tensor:
-        """Image that each token belongs to, int64, shape (T,)."""
-        index = torch.arange(self.batch, device=self.lengths.device)
-        if self.uniform:
-            return index[:, None].expand(-1, self.longest).reshape(-1)
-        return index.repeat_interleave(self.lengths, output_size=self.total)
-
-    @_Derived
-    def position(self) -> Tensor:
-        """Position of each token within its own sequence, prefix counted, shape (T,)."""
-        if self.uniform:
-            return torch.arange(self.longest, device=self.lengths.device).expand(self.batch, -1).reshape(-1)
-        return torch.arange(self.total, device=self.lengths.device) - self.first[self.image]
-
-    @_Derived
-    def prefix(self) -> Tensor:
-        """Whether a token is a class or register token, bool, shape (T,)."""
-        return self.position < self.num_prefix
-
-    @_Derived
-    def opening(self) -> Tensor:
-        """Whether a token must start a segment: prefix tokens and each image's first patch, bool, shape (T,)."""
-        return self.position <= self.num_prefix
-
-    @_Derived
-    def free(self) -> Tensor:
-        """Packed positions of the tokens that may or may not start a segment, ascending, without synchronising."""
-        count = self.total - self.batch * (self.num_prefix + 1)
-        return torch.nonzero_static(~self.opening, size=count).squeeze(1)
-
-    @_Derived
-    def cumulative(self) -> Tensor:
-        """Sequence borders as variable-length kernels want them, int32, shape (B + 1,)."""
-        return torch.nn.functional.pad(self.lengths.cumsum(0), (1, 0)).to(torch.int32)
-
-    @_Derived
-    def padded(self) -> Tensor:
-        """Packed position behind each cell of a (B, longest) grid; padding repeats the last token."""
-        if self.uniform:
-            return torch.arange(self.total, device=self.lengths.device)
-        column = torch.arange(self.longest, device=self.lengths.device)
-        inside = torch.minimum(column, self.lengths[:, None] - 1)
-        return (self.first[:, None] + inside).reshape(-1)
-
-    @_Derived
-    def unpadded(self) -> Tensor:
-        """Cell of the (B, longest) grid that holds each packed token, shape (T,)."""
-        if self.uniform:
-            return self.padded
-        return self.image * self.longest + self.position
-
-    @_Derived
-    def padding(self) -> Tensor:
-        """True where a cell of the (B, longest) grid holds no token, shape (B, longest)."""
-        column = torch.arange(self.longest, device=self.lengths.device)
-        return column >= self.lengths[:, None]
+__all__ = ["Tokens"]
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dtpvit.encoder.layers import Block, PatchEmbed, resize_position_embedding
+from dtpvit.encoder.layout import Layout
 from dtpvit.encoder.ops.exportable import means_by_product
 from dtpvit.encoder.ops.noise import advance_seed, checksum, draw_seeds
 from dtpvit.encoder.ops.segments import Segments, pool_segments
 from dtpvit.encoder.reducers.base import Evidence, Reduction, TokenReducer
-from dtpvit.encoder.tokens import Layout, Tokens
+from dtpvit.encoder.tokens import Tokens
 
 __all__ = ["Encoding", "VisionEncoder"]
 

@@ -42,7 +42,6 @@ class Tower:
         std: Channel standard deviations, likewise.
         resize_mode: How images are brought to size.
         tokenize: Captions to token ids, of a dual encoder.
-        random: Whether its weights are random.
     """
 
     name: str
@@ -56,7 +55,6 @@ class Tower:
     std: tuple[float, ...] = OPENAI_DATASET_STD
     resize_mode: str = "shortest"
     tokenize: Callable[[list[str]], Tensor] | None = None
-    random: bool = True
 
     def encode(self, images: Tensor) -> tuple[Tensor, Encoding | None]:
         """Features, and what our encoder reports of itself."""
@@ -89,9 +87,9 @@ def load_tower(spec: str) -> Tower:
     if path.suffix in (".yaml", ".yml"):
         return _of_clip(spec, load_clip(_model_of_config(path)))
     if path.suffix in _WEIGHTS:
-        return replace(_of_clip(spec, load_clip(checkpoint=path)), random=False)
+        return _of_clip(spec, load_clip(checkpoint=path))
     if path.is_dir() and (path / "open_clip_config.json").is_file():
-        return replace(_of_clip(spec, load_clip(f"local-dir:{path}")), random=False)
+        return _of_clip(spec, load_clip(f"local-dir:{path}"))
     import open_clip
     import timm
 

@@ -7,17 +7,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dtpvit.encoder.layout import Layout
 from dtpvit.encoder.ops.attention import fold_key_bias, packed_attention
 from dtpvit.encoder.ops.boundaries import band_loss, batch_threshold, binomial_loss, ratio_loss, top_per_image
 from dtpvit.encoder.ops.min_variance import minimum_variance_starts
 from dtpvit.encoder.ops.noise import checksum, logistic_noise, uniform_noise
 from dtpvit.encoder.ops.rows import take_rows
 from dtpvit.encoder.ops.scan import ORDERS, scan_order
-from dtpvit.encoder.tokens import Layout
 
 
 def layout_of(lengths, num_prefix=0):
-    return Layout(torch.tensor(lengths), max(lengths), sum(lengths), num_prefix)
+    return Layout.fetched(torch.tensor(lengths), num_prefix)
 
 
 def slow_attention(q, k, v, lengths, bias=None, causal=False):
@@ -191,3 +191,20 @@ def test_minimum_variance_is_the_best_of_all_segmentations(lengths, seed, data):
     for image, n in enumerate(lengths):
         expected = brute_force(features[image, :n], weight[image, :n], int(k[image]))
         assert set(starts[image].nonzero().flatten().tolist()) == expected
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=12))
+def test_groups_of_like_length_hold_every_token_once(lengths):
+    layout = layout_of(lengths)
+    groups = layout.groups
+    assert torch.equal(groups.cells[groups.places], torch.arange(sum(lengths)))
+    assert int((~groups.empty).sum()) == sum(lengths)
+    assert sum(images for images, _, _ in groups.shapes) == len(lengths)
+    start = 0
+    for images, longest, full in groups.shapes:
+        empty = groups.empty[start : start + images * longest].view(images, longest)
+        start += images * longest
+        assert full == (not empty.any())
+        assert (~empty).sum(1).max() == longest and (~empty).sum(1).min() >= 0.6 * longest
+    assert start == len(groups.cells)

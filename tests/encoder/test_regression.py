@@ -2,8 +2,8 @@
 
 import torch
 
+from dtpvit.encoder.layout import Layout
 from dtpvit.encoder.ops.regression import regress_votes, vote_targets
-from dtpvit.encoder.tokens import Layout
 
 LAYOUT = Layout(torch.tensor([6, 9, 4]), 9, 19, 1)
 

@@ -66,7 +66,7 @@ def test_text_gradients_equal_open_clip():
         tower.encode_text(text).square().sum().backward()
     for name, parameter in reference.named_parameters():
         if parameter.grad is not None:
-            torch.testing.assert_close(dict(model.named_parameters())[name].grad, parameter.grad, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(dict(model.named_parameters())[name].grad, parameter.grad, rtol=1e-3, atol=5e-5)
 
 
 def test_embedding_is_the_same_alone_in_any_batch_and_in_two_passes():

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
+from dtpvit.encoder.layout import Layout, LengthGroups
 from dtpvit.encoder.ops.rows import take_rows
-from dtpvit.encoder.tokens import Layout
 
 __all__ = ["fold_key_bias", "packed_attention"]
 
@@ -47,12 +47,14 @@ def packed_attention(
         return _varlen(q, k, v, layout, key_bias, causal)
     if layout.uniform:
         mask = None if key_bias is None else key_bias.view(layout.batch, layout.longest)
-        return _dense(qkv_T3HE, layout, mask, causal).flatten(0, 1)
+        return _dense(qkv_T3HE, layout.batch, layout.longest, mask, causal)
+    # A compiled graph for each combination of groups would help nobody.
+    groups = (None if torch.compiler.is_compiling() else layout.groups) or LengthGroups.single(layout)
     if torch.is_grad_enabled() and qkv_T3HE.requires_grad:
         # Padding costs little to compute, but up to three times the tokens if kept for the backward pass.
-        out = checkpoint(_padded, qkv_T3HE, layout, key_bias, causal, use_reentrant=False, preserve_rng_state=False)
+        out = checkpoint(_padded, qkv_T3HE, groups, key_bias, causal, use_reentrant=False, preserve_rng_state=False)
         return out  # pyright: ignore[reportReturnType]
-    return _padded(qkv_T3HE, layout, key_bias, causal)
+    return _padded(qkv_T3HE, groups, key_bias, causal)
 
 
 def fold_key_bias(q_THE: Tensor, k_THE: Tensor, v_THE: Tensor, key_bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -86,23 +88,29 @@ def fold_key_bias(q_THE: Tensor, k_THE: Tensor, v_THE: Tensor, key_bias: Tensor)
     return q, k, v
 
 
-def _dense(qkv: Tensor, layout: Layout, bias: Tensor | None, causal: bool) -> Tensor:
-    """Attention over a grid of B rows of ``longest`` cells, given as (B * longest, 3, H, E): (B, longest, H, E)."""
-    q, k, v = qkv.unflatten(0, (layout.batch, layout.longest)).permute(2, 0, 3, 1, 4).unbind(0)
-    mask = None if bias is None else bias.to(q.dtype)[:, None, None, :].expand(-1, 1, layout.longest, -1)
-    return scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal).transpose(1, 2)
+def _dense(qkv: Tensor, images: int, length: int, bias: Tensor | None, causal: bool) -> Tensor:
+    """Attention over a grid of ``images`` rows of ``length`` cells: (images * length, 3, H, E) to (..., H, E)."""
+    q, k, v = qkv.unflatten(0, (images, length)).permute(2, 0, 3, 1, 4).unbind(0)
+    mask = None if bias is None else bias.to(q.dtype)[:, None, None, :].expand(-1, 1, length, -1)
+    return scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal).transpose(1, 2).flatten(0, 1)
 
 
-def _padded(qkv: Tensor, layout: Layout, key_bias: Tensor | None, causal: bool) -> Tensor:
-    cells = take_rows(qkv, layout.padded, layout.unpadded)
+def _padded(qkv: Tensor, groups: LengthGroups, key_bias: Tensor | None, causal: bool) -> Tensor:
+    cells = take_rows(qkv, groups.cells, groups.places)
     bias = None
     if not causal:  # there padding lies behind every real token, and the causal mask alone hides it
-        bias = torch.zeros(layout.padding.shape, device=qkv.device)
-        if key_bias is not None:
-            bias = key_bias[layout.padded].view(layout.padding.shape)
-        bias = bias.masked_fill(layout.padding, float("-inf"))
-    out = _dense(cells, layout, bias, causal).flatten(0, 1)
-    return take_rows(out, layout.unpadded, layout.padded, unread=layout.padding)
+        bias = torch.zeros(groups.empty.shape, device=qkv.device) if key_bias is None else key_bias[groups.cells]
+        bias = bias.masked_fill(groups.empty, float("-inf"))
+    found: list[Tensor] = []
+    start = 0
+    for images, length, full in groups.shapes:
+        part = slice(start, start + images * length)
+        start = part.stop
+        needed = bias is not None and not (full and key_bias is None)
+        mask = bias[part].view(images, length) if bias is not None and needed else None
+        found.append(_dense(cells[part], images, length, mask, causal))
+    out = found[0] if len(found) == 1 else torch.cat(found)
+    return take_rows(out, groups.places, groups.cells, unread=groups.empty)
 
 
 def _has_varlen_kernel(q: Tensor) -> bool:

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from dtpvit.encoder.layout import Layout
 from dtpvit.encoder.ops.exportable import ranks_by_counting
-from dtpvit.encoder.tokens import Layout
 
 __all__ = ["band_loss", "batch_threshold", "binomial_loss", "ratio_loss", "straight_through", "top_per_image"]
 

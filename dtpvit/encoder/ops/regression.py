@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dtpvit.encoder.tokens import Layout
+from dtpvit.encoder.layout import Layout
 
 __all__ = ["regress_votes", "vote_targets"]
 

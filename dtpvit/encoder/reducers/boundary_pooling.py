@@ -8,11 +8,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from dtpvit.encoder.layout import Layout
 from dtpvit.encoder.ops.exportable import means_by_product
 from dtpvit.encoder.ops.scan import ORDERS, scan_order
 from dtpvit.encoder.ops.segments import ESTIMATORS, Segments, pool_segments
 from dtpvit.encoder.reducers.base import TokenReducer
-from dtpvit.encoder.tokens import Layout, Tokens
+from dtpvit.encoder.tokens import Tokens
 
 __all__ = ["BoundaryPooling"]
 
@@ -94,8 +95,7 @@ class BoundaryPooling(TokenReducer):
             return Layout.uniform_of(layout.batch, fixed + layout.num_prefix, layout.num_prefix, starts.device)
         hard = (starts.detach() > 0.5).to(torch.int64)
         lengths = torch.zeros_like(layout.lengths).index_add_(0, layout.image, hard)
-        total, longest = torch.stack((lengths.sum(), lengths.max())).tolist()  # the reducer's one synchronisation
-        return Layout(lengths, longest, total, layout.num_prefix)
+        return Layout.fetched(lengths, layout.num_prefix)  # the reducer's one synchronisation
 
 
 def place_in_batch(order: Tensor, layout: Layout) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from dtpvit.encoder.layout import Layout
 from dtpvit.encoder.ops.boundaries import (
     band_loss,
     batch_threshold,
@@ -25,7 +26,7 @@ from dtpvit.encoder.reducers.baseline import GradientBaseline
 from dtpvit.encoder.reducers.boundary_pooling import BoundaryPooling
 from dtpvit.encoder.reducers.calibration import BoundaryCalibration
 from dtpvit.encoder.reducers.routers import ROUTERS
-from dtpvit.encoder.tokens import Layout, Tokens
+from dtpvit.encoder.tokens import Tokens
 
 __all__ = ["DynamicPooling"]
 
@@ -231,7 +232,8 @@ def _cut(scores: Tensor, taken: Tensor, layout: Layout) -> Tensor:
 def _put_in_front(tokens: Tokens, extra: Tensor) -> Tokens:
     """Add one learned token, shape (1, D), behind the prefix tokens of every image; it becomes a prefix token."""
     old = tokens.layout
-    new = Layout(old.lengths + 1, old.longest + 1, old.total + old.batch, old.num_prefix + 1)
+    host = None if old.host_lengths is None else [length + 1 for length in old.host_lengths]
+    new = Layout(old.lengths + 1, old.longest + 1, old.total + old.batch, old.num_prefix + 1, host)
     rows = torch.cat((tokens.features, extra.to(tokens.features.dtype).expand(old.batch, -1)))
     inserted = new.position == old.num_prefix
     kept = old.first[new.image] + new.position - (new.position > old.num_prefix).long()
