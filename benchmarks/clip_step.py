@@ -14,8 +14,6 @@ from open_clip import ClipLoss
 from torch import Tensor, nn
 
 from benchmarks.record import heading, pages, table
-from dtpvit.datamodules.real_images import real_images
-from dtpvit.datamodules.transforms import eval_transform
 from dtpvit.errors import UserError
 from dtpvit.evaluation.arguments import chosen_device
 from dtpvit.evaluation.classifier import Precision, autocast
@@ -53,11 +51,10 @@ def clip_step(
     place = chosen_device(device)
     torch.manual_seed(0)
     towers = [load_tower(name) for name in models]
-    raw, captions = real_images(data, batch_size, eval_transform(towers[0].image_size))
+    images, captions = towers[0].pixels(data, batch_size)
     if len(captions) < batch_size or towers[0].tokenize is None:
         raise UserError(f"{data} has captions for {len(captions)} of {batch_size} images; give image-text shards")
-    mean, std = (255 * torch.tensor(values).view(3, 1, 1) for values in (towers[0].mean, towers[0].std))
-    images = ((raw - mean) / std).to(place)
+    images = images.to(place)
     text = towers[0].tokenize(captions).to(place)
     steps = {tower.name: _step(tower, images, text, place, precision) for tower in towers}
     seconds = alternate(steps, place, rounds=rounds)

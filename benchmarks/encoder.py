@@ -13,8 +13,6 @@ from jsonargparse import auto_cli
 
 from benchmarks.padded import PaddedTower
 from benchmarks.record import heading, pages, table
-from dtpvit.datamodules.real_images import real_images
-from dtpvit.datamodules.transforms import eval_transform
 from dtpvit.encoder import Layout, VisualTower
 from dtpvit.evaluation.arguments import chosen_device
 from dtpvit.evaluation.classifier import Precision, autocast
@@ -61,13 +59,16 @@ def encoder(
 _WHAT = """\
 Medians over rounds in which all models run in turn; speed-ups are medians of the ratios within a round, quartiles in
 brackets. Forward is evaluation; training is forward and backward, in training mode, where counts vary from image to
-image.
-GMACs are counted from what each block saw, boundary predictor included. Efficiency = speed-up / FLOP ratio.
+image. On random pixels a predictor never trained keeps the nominal number of every image in evaluation; on real images
+its threshold is set so that this batch keeps the nominal share. GMACs are of the forward pass, counted from what each
+block saw, boundary predictor included. Efficiency = speed-up / FLOP ratio, of forward and backward in training. Saved
+activations: what is allocated between forward and backward; in bf16 autocast's copies of the weights are among them,
+the same for all models.
 """
 
 
 _PACKING = """\
-## Packed against padded to the batch's longest, B/32 10x, training step, fp32
+## Packed against padded to the batch's longest, B/32 10x, training step, fp32 (on a GPU bf16)
 
 The same weights and images; padded, every block behind the reducer works on as many tokens an image as the longest
 has. The last column is what the arithmetic allows: patch embedding and full blocks cost the same either way.
@@ -79,19 +80,12 @@ def _names(patch: int) -> list[str]:
     return [f"ViT-B-{patch}", *(f"DTP-ViT-B-{patch}-{rate}" for rate in rates)]
 
 
-def _batch(tower: Tower, source: str | None, count: int) -> torch.Tensor:
-    if source is None:
-        return torch.randn(count, 3, *tower.image_size)
-    mean, std = (255 * torch.tensor(values).view(3, 1, 1) for values in (tower.mean, tower.std))
-    return (real_images(source, count, eval_transform(tower.image_size))[0] - mean) / std
-
-
 def _measure(
     patch: int, batch: int, precision: Precision, source: str | None, rounds: int, device: torch.device
 ) -> list[Measured]:
     torch.manual_seed(0)
     towers = [load_tower(name) for name in _names(patch)]
-    pixels = {tower.name: _batch(tower, source, batch) for tower in towers}
+    pixels = {tower.name: tower.pixels(source, batch)[0] for tower in towers}
     return measure_cost(towers, pixels, device, precision=precision, rounds=rounds, calibrate=source is not None)
 
 
@@ -121,10 +115,11 @@ def _table(results: list[Measured]) -> str:
 
 
 def _packing(batches: list[int], source: str | None, rounds: int, device: torch.device) -> str:
+    precision: Precision = "bf16" if device.type == "cuda" else "fp32"
     rows = []
     for batch in batches:
         tower = load_tower("DTP-ViT-B-32-10x")
-        images = _batch(tower, source, batch).to(device)
+        images = tower.pixels(source, batch)[0].to(device)
         packed = tower.image.to(device).train()
         assert isinstance(packed, VisualTower)
         padded = PaddedTower(packed)
@@ -133,7 +128,7 @@ def _packing(batches: list[int], source: str | None, rounds: int, device: torch.
         def step(model: torch.nn.Module, packed: VisualTower = packed, images: torch.Tensor = images) -> None:
             for parameter in packed.parameters():
                 parameter.grad = None
-            with autocast(device, "fp32"):
+            with autocast(device, precision):
                 model(images).square().mean().backward()
 
         steps = {"padded": partial(step, padded), "packed": partial(step, packed)}

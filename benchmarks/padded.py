@@ -48,7 +48,7 @@ def _pad(tokens: Tokens) -> tuple[Tensor, Tensor]:
     """Features (B, longest, D) and the mask on keys, size-proportional as the encoder's own, (B, 1, 1, longest)."""
     layout = tokens.layout
     features = tokens.features[layout.padded].view(layout.batch, layout.longest, -1)
-    bias = torch.zeros(layout.total) if tokens.key_bias is None else tokens.key_bias
+    bias = torch.zeros(layout.total, device=tokens.features.device) if tokens.key_bias is None else tokens.key_bias
     mask = bias[layout.padded].view(layout.batch, layout.longest).masked_fill(layout.padding, float("-inf"))
     return features, mask[:, None, None, :].to(features.dtype)
 

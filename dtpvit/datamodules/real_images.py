@@ -31,6 +31,9 @@ def real_images(source: str, count: int, transform: EvalTransform) -> tuple[Tens
     """
     folder = Path(source).expanduser()
     files = _image_files(folder) if folder.is_dir() else []
+    other_file = folder.is_file() and folder.suffix not in (".tar", ".gz", ".tgz")
+    if other_file or (folder.is_dir() and not files and not any(folder.rglob("*.tar*"))):
+        raise UserError(f"{source} holds neither images nor tar shards; give a folder of images, or shards")
     images, captions = list[Tensor](), list[str]()
     for data, caption in _from_files(files, count) if files else _from_shards(source):
         try:
@@ -53,7 +56,10 @@ def _from_files(files: list[Path], count: int) -> Iterator[tuple[bytes, str]]:
     step = max(1, len(files) // count)
     first = files[::step]
     for path in [*first, *sorted(set(files) - set(first))]:
-        yield path.read_bytes(), ""
+        try:
+            yield path.read_bytes(), ""
+        except OSError:  # a dangling link, or not ours to read
+            continue
 
 
 def _from_shards(source: str) -> Iterator[tuple[bytes, str]]:

@@ -197,7 +197,10 @@ class LengthGroups:
                     width[member] = longest
                 members = []
         device = layout.lengths.device
-        images, widths = torch.tensor(order, device=device), torch.tensor(width, device=device)[order]
+        known = torch.tensor([order, [width[image] for image in order]])
+        if device.type == "cuda":  # else the host would wait until the device has come this far
+            known = known.pin_memory()
+        images, widths = known.to(device, non_blocking=True)
         begins = widths.cumsum(0) - widths
         total = sum(width)
         row = torch.arange(len(order), device=device).repeat_interleave(widths, output_size=total)

@@ -1,5 +1,6 @@
 """What the options of an evaluation command name, checked before anything is loaded."""
 
+import os
 from pathlib import Path
 
 import torch
@@ -18,8 +19,10 @@ def output_file(output: str | None) -> Path | None:
     if output is None:
         return None
     path = Path(output).expanduser()
-    if path.is_dir() or not path.parent.is_dir():
-        raise UserError(f"The result cannot be written to {output}: give a file in a folder that exists.")
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UserError(
+            f"The result cannot be written to {output}: give a file in a folder that exists and can be written to."
+        )
     return path
 
 
@@ -34,7 +37,11 @@ def chosen_device(name: str) -> torch.device:
         chosen = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(chosen)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:  # AssertionError: this torch was built without CUDA
+        torch.zeros(1, device=device).item()  # fails, too, for a device that holds no numbers
+    except (
+        RuntimeError,
+        AssertionError,
+        NotImplementedError,
+    ) as error:  # AssertionError: this torch was built without CUDA
         raise UserError(f"The device {name!r} cannot be used here: pass auto, cpu, or one that is.") from error
     return device

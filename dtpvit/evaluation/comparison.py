@@ -27,13 +27,13 @@ class Timing:
     Attributes:
         images_per_second: From the median time.
         seconds: Median time of a step.
-        gmacs: Mean GMACs of an image in the forward pass of this very step.
+        gmacs: Mean GMACs of an image in this very step, backward pass included if it has one.
         speed_up: Over the reference, median over rounds.
         low: Lower quartile of the speed-up.
         high: Upper quartile.
         efficiency: Speed-up over the ratio of GMACs.
         peak_bytes: Most memory beyond what the step found.
-        kept_bytes: What the forward pass leaves for the backward pass.
+        kept_bytes: What the forward pass leaves for the backward pass; under autocast its copies of the weights too.
     """
 
     images_per_second: float
@@ -125,10 +125,10 @@ def _timed(
 ) -> Iterator[Timing]:
     """The timing of each run, in order; the first is the reference."""
     memory = {name: run.memory() for name, run in runs.items()}
-    seconds = alternate(runs, device, rounds=rounds, progress=progress)
+    seconds = alternate(runs, device, rounds=rounds, warmup=1, progress=progress)
     reference = next(iter(runs))
     ratios = speed_ups(seconds, reference)
-    gmacs = {name: run.tower.macs(run.layouts) / 1e9 for name, run in runs.items()}
+    gmacs = {name: run.tower.macs(run.layouts, training=run.train) / 1e9 for name, run in runs.items()}
     for name, run in runs.items():
         middle = Quartiles.of(seconds[name]).median
         yield Timing(

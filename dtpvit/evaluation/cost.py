@@ -43,6 +43,11 @@ class ImageCost:
     def total(self) -> Tensor:
         return self.patch_embed + self.full_blocks + self.reducers + self.reduced_blocks + self.projection
 
+    @property
+    def training(self) -> Tensor:
+        """Forward and backward: thrice the forward pass, but pixels need no gradient."""
+        return 3 * self.total - self.patch_embed
+
 
 def _block_macs(dim: int, hidden: int, tokens: Tensor) -> Tensor:
     return tokens * (4 * dim * dim + 2 * dim * hidden) + 2 * tokens**2 * dim
@@ -107,8 +112,7 @@ def text_macs(tower: TextTower, lengths: Tensor) -> Tensor:
     return len(tower.transformer.resblocks) * _block_macs(width, 4 * width, tokens) + width * embed_dim
 
 
-@torch.no_grad()
-def counted_macs(model: nn.Module, example: Tensor) -> float:
+def counted_macs(model: nn.Module, example: Tensor, *, backward: bool = False) -> float:
     """MACs of a model that is not ours, by torch's counter on one example, with everything fused switched off.
 
     A counter misses what hides in a fused kernel: half the published dense figures of this field lack attention. So the
@@ -116,16 +120,20 @@ def counted_macs(model: nn.Module, example: Tensor) -> float:
     exact.
 
     Args:
-        model: Called with ``example`` in evaluation mode.
+        model: Called with ``example`` in evaluation mode; gives a tensor, or a tuple that begins with one.
         example: Input of a batch of one.
+        backward: Whether to count the backward pass too.
     """
     counter = FlopCounterMode(display=False)
     training, fast = model.training, torch.backends.mha.get_fastpath_enabled()
     model.eval()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with sdpa_kernel(SDPBackend.MATH), counter:
-            model(example)
+        with sdpa_kernel(SDPBackend.MATH), torch.set_grad_enabled(backward), counter:
+            found = model(example)
+            if backward:
+                found = found if isinstance(found, Tensor) else found[0]
+                torch.autograd.grad(found.sum(), [p for p in model.parameters() if p.requires_grad], allow_unused=True)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
         model.train(training)

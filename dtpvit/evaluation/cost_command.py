@@ -14,14 +14,12 @@ from rich.table import Table
 from torch import Tensor
 from tqdm import tqdm
 
-from dtpvit.datamodules.real_images import real_images
-from dtpvit.datamodules.transforms import eval_transform
 from dtpvit.errors import UserError
 from dtpvit.evaluation.arguments import chosen_device, output_file
 from dtpvit.evaluation.classifier import Precision
 from dtpvit.evaluation.comparison import Measured, measure_cost
 from dtpvit.evaluation.measuring import machine, versions
-from dtpvit.evaluation.towers import Tower, dense_counterpart, load_tower
+from dtpvit.evaluation.towers import dense_counterpart, load_tower
 
 __all__ = ["cost"]
 
@@ -44,8 +42,10 @@ def cost(
 
     Args:
         models: Names of ours, of open_clip's or of timm's, YAMLs of a task, or checkpoints.
-        reference: What to compare with, named likewise; the dense model of the first one's shape if not given.
-        images: Folder of images, or shards, to measure on; random pixels at the nominal rate if not given.
+        reference: What to compare with, named likewise; the dense model of the shape of our first one if not given.
+        images: Folder of images, or shards, to measure on; random pixels if not given. On these a predictor that was
+            never trained keeps the nominal number of every image; on real images it is given the threshold at which
+            this batch keeps the nominal share, so that counts vary.
         batch_size: Images at a time.
         precision: Of the image towers.
         device: auto, cpu, cuda, cuda:1, ...
@@ -58,12 +58,13 @@ def cost(
         raise UserError(f"batch_size is {batch_size} and rounds is {rounds}; both must be at least 1")
     torch.manual_seed(0)
     towers = [load_tower(spec) for spec in dict.fromkeys(models)]
-    base = dense_counterpart(towers[0]) if reference is None else load_tower(reference)
+    ours = next((tower for tower in towers if tower.trunk is not None), towers[0])
+    base = dense_counterpart(ours) if reference is None else load_tower(reference)
     towers = [base, *(tower for tower in towers if tower.name != base.name)]
     captions = list[str]()
     pixels = dict[str, Tensor]()
     for tower in towers:
-        pixels[tower.name], captions = _pixels(tower, images, batch_size)
+        pixels[tower.name], captions = tower.pixels(images, batch_size)
     with _bar(len(towers), rounds, steps) as bar:
         results = measure_cost(
             towers,
@@ -76,7 +77,7 @@ def cost(
             calibrate=images is not None,
             progress=bar.update,
         )
-    what = f"{batch_size} random images at the nominal rate" if images is None else f"{batch_size} images of {images}"
+    what = f"{batch_size} images of random pixels" if images is None else f"{batch_size} images of {images}"
     how = f"{machine(place)}, {precision}, {what}"
     _show(results, how)
     if target is not None:
@@ -94,18 +95,9 @@ def cost(
         target.write_text(dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
-def _pixels(tower: Tower, source: str | None, count: int) -> tuple[Tensor, list[str]]:
-    """Normalised images of the size that a tower takes, float32, shape (B, 3, H, W), and captions."""
-    if source is None:
-        return torch.randn(count, 3, *tower.image_size, generator=torch.Generator().manual_seed(0)), []
-    raw, captions = real_images(source, count, eval_transform(tower.image_size, resize_mode=tower.resize_mode))
-    mean, std = (255 * torch.tensor(values).view(3, 1, 1) for values in (tower.mean, tower.std))
-    return (raw - mean) / std, captions
-
-
 def _bar(towers: int, rounds: int, steps: str) -> tqdm:
     kinds = {"both": 2, "forward": 1, "none": 0}[steps]
-    return tqdm(total=kinds * towers * (rounds + 2), desc="measuring", unit="step", leave=False, disable=None)
+    return tqdm(total=kinds * towers * (rounds + 1), desc="measuring", unit="step", leave=False, disable=None)
 
 
 def _show(results: list[Measured], how: str) -> None:
@@ -138,14 +130,16 @@ def _rows(results: list[Measured]) -> list[tuple[str, list[str]]]:
     rows += [("GMACs a caption", [_number(r.text_gmacs, ".3f") for r in results])]
     blocks = sorted({block for r in results for block in r.tokens})
     rows += [(f"tokens from block {block}", [_tokens(r, block) for r in results]) for block in blocks]
-    rows += [("FLOP ratio", [f"{base.gmacs / r.gmacs:.2f}" for r in results])]
+    if not base.timings:
+        rows += [("FLOP ratio", [f"{base.gmacs / r.gmacs:.2f}" for r in results])]
     for kind, title in (("forward", "forward"), ("training", "training step")):
         found = [r.timings.get(kind) for r in results]
         rows += [
             (f"{title}, images/s", [(t and f"{t.images_per_second:.1f}") or "" for t in found]),
+            ("  FLOP ratio", [(t and f"{base.timings[kind].gmacs / t.gmacs:.2f}") or "" for t in found]),
             ("  speed-up", [(t and f"{t.speed_up:.2f} ({t.low:.2f}-{t.high:.2f})") or "" for t in found]),
             ("  efficiency", [(t and f"{t.efficiency:.2f}") or "" for t in found]),
-            ("  peak memory, MiB", [(t and f"{t.peak_bytes / 2**20:.0f}") or "" for t in found]),
+            ("  peak beyond weights and gradients, MiB", [(t and f"{t.peak_bytes / 2**20:.0f}") or "" for t in found]),
         ]
     saved = [r.timings["training"].kept_bytes if "training" in r.timings else 0 for r in results]
     rows += [

@@ -14,6 +14,8 @@ import yaml
 from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from torch import Tensor, nn
 
+from dtpvit.datamodules.real_images import real_images
+from dtpvit.datamodules.transforms import eval_transform
 from dtpvit.encoder import DualEncoder, Encoding, Layout, VisionEncoder
 from dtpvit.errors import UserError
 from dtpvit.evaluation.cost import counted_macs, image_cost
@@ -59,18 +61,38 @@ class Tower:
     def encode(self, images: Tensor) -> tuple[Tensor, Encoding | None]:
         """Features, and what our encoder reports of itself."""
         if self.trunk is None:
-            return self.image(images), None
-        found: Any = self.image.encode(images)  # pyright: ignore[reportCallIssue]
-        if isinstance(found, Encoding):
-            return self.image.head(found.pooled), found  # pyright: ignore[reportCallIssue]
-        return found
+            found = self.image(images)
+            return (found if isinstance(found, Tensor) else found[0]), None
+        encoded: Any = self.image.encode(images)  # pyright: ignore[reportCallIssue]
+        if isinstance(encoded, Encoding):
+            return self.image.head(encoded.pooled), encoded  # pyright: ignore[reportCallIssue]
+        return encoded
 
-    def macs(self, layouts: tuple[Layout, ...]) -> float:
-        """Mean multiply-accumulates of an image: from what our blocks saw, or, of a tower not of ours, counted."""
+    def pixels(self, source: str | None, count: int) -> tuple[Tensor, list[str]]:
+        """A normalised batch of the size that the tower takes, float32, shape (count, 3, H, W), and captions.
+
+        Args:
+            source: Folder of images, or shards; None gives random pixels, to every tower the same.
+            count: Images.
+
+        Raises:
+            UserError: If there are fewer.
+        """
+        if source is None:
+            return torch.randn(count, 3, *self.image_size, generator=torch.Generator().manual_seed(0)), []
+        raw, captions = real_images(source, count, eval_transform(self.image_size, resize_mode=self.resize_mode))
+        mean, std = (255 * torch.tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
+        return (raw - mean) / std, captions
+
+    def macs(self, layouts: tuple[Layout, ...], *, training: bool = False) -> float:
+        """Mean multiply-accumulates of an image, forward or forward and backward: from what our blocks saw, or, of a
+        tower not of ours, counted."""
         if self.trunk is not None:
-            return float(image_cost(self.trunk, layouts, self.embed_dim).total.mean())
+            cost = image_cost(self.trunk, layouts, self.embed_dim)
+            return float((cost.training if training else cost.total).mean())
         place = next(self.image.parameters())
-        return counted_macs(self.image, torch.zeros(1, 3, *self.image_size, device=place.device, dtype=place.dtype))
+        example = torch.zeros(1, 3, *self.image_size, device=place.device, dtype=place.dtype)
+        return counted_macs(self.image, example, backward=training)
 
 
 def load_tower(spec: str) -> Tower:
@@ -97,7 +119,10 @@ def load_tower(spec: str) -> Tower:
         with _quiet():
             return _of_clip(spec, load_clip(spec))
     if timm.is_model(spec) or spec.startswith("dtp_vit."):
-        return _of_timm(spec, timm.create_model(spec))
+        try:
+            return _of_timm(spec, timm.create_model(spec, num_classes=0))  # a classifier is no part of an image tower
+        except RuntimeError as error:  # of a tag that does not exist, say
+            raise UserError(f"timm cannot make {spec!r}: {error}") from error
     raise UserError(
         f"there is no model, config or checkpoint {spec!r}; give a name of ours, open_clip's or timm's, or a file"
     )

@@ -96,6 +96,8 @@ def model_config(model: str | Mapping[str, Any]) -> dict[str, Any]:
     """
     if isinstance(model, str):
         return _published(model)
+    if not isinstance(model, Mapping):
+        raise UserError(f"the model is {model!r}; expected a name like {NAMES[0]}, or a config")
     given = copy.deepcopy(dict(model))
     config = _published(given.pop("name")) if "name" in given else {}
     unknown = set(given) - _KEYS

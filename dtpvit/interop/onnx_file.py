@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -55,6 +56,8 @@ def write_onnx(
             more than 1e-4 of the largest feature.
     """
     trunk = encoder.trunk if isinstance(encoder, VisualTower) else encoder
+    if Path(path).is_dir():
+        raise UserError(f"{path} is a folder; give the ONNX file to write")
     _check_static(trunk)
     _check_installed()
     module = _Features(encoder.eval()).eval()
@@ -73,8 +76,15 @@ def write_onnx(
         )
     assert program is not None
     program.model.metadata_props.update(notes or {})
-    program.save(str(path), external_data=False)
-    return _difference(module, path, images[: _TRACED_BATCH - 1])
+    path = Path(path)
+    draft = path.with_name(f"{path.name}.tmp")
+    try:
+        program.save(str(draft), external_data=False)
+        difference = _difference(module, draft, images[: _TRACED_BATCH - 1])
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+    return difference
 
 
 def _check_static(trunk: VisionEncoder) -> None:
@@ -126,6 +136,6 @@ def _difference(module: nn.Module, path: str | Path, images: Tensor) -> float:
     difference = float((found - expected).abs().max())
     if not difference <= _TOLERANCE * max(1.0, float(expected.abs().max())):
         raise UserError(
-            f"onnxruntime computes features that differ by {difference:.1e}; do not use {path}, report this"
+            f"onnxruntime computes features that differ by {difference:.1e}; no file is written, report this"
         )
     return difference

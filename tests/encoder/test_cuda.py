@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 @pytest.mark.parametrize(("with_bias", "causal"), [(False, False), (True, False), (False, True)])
 def test_kernel_equals_padding(dim, with_bias, causal):
     lengths = torch.tensor([3, 17, 1, 50], device="cuda")
-    layout = Layout(lengths, 50, 71)
+    layout = Layout.fetched(lengths)
     inputs = [torch.randn(71, 4, dim, device="cuda") for _ in range(3)]
     half = [x.bfloat16().requires_grad_() for x in inputs]
     full = [x.detach().float().requires_grad_() for x in half]

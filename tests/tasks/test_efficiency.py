@@ -226,7 +226,7 @@ def test_waiting_is_for_data_and_validation_and_checkpoints_do_not_count(kind, t
     fit(tmp_path, module, loader(kind(8, 0.05)), validation, **options)
     row = numbers(rows(tmp_path)[0])
     assert row["steps"] == 8 and samples(row) == pytest.approx(8 * 5, rel=1e-3)
-    assert 0.06 < row["step_seconds"] < 0.15
+    assert 0.06 < row["step_seconds"] < 0.4
     assert 0.45 < row["data_wait"] < 0.85
     assert not set(row) & set(TOKENS) and rows(tmp_path)[0]["tokens_mean"] == ""
 
@@ -234,7 +234,7 @@ def test_waiting_is_for_data_and_validation_and_checkpoints_do_not_count(kind, t
 def test_a_busy_step_is_no_waiting(tmp_path):
     fit(tmp_path, Slow(step=0.1), loader(Samples(5)))
     row = numbers(rows(tmp_path)[0])
-    assert 0.1 <= row["step_seconds"] < 0.2 and row["data_wait"] < 0.2
+    assert row["step_seconds"] >= 0.1 and row["data_wait"] < 0.4
 
 
 def start_slowly(worker):
@@ -246,15 +246,14 @@ def test_the_start_of_workers_is_waiting_in_every_epoch(tmp_path):
     fit(tmp_path, Slow(), train, max_epochs=2)
     first, second = map(numbers, rows(tmp_path))
     for row in (first, second):
-        assert row["data_wait"] > 0.7 and 0.35 < row["step_seconds"] < 1.5
+        assert row["data_wait"] > 0.7 and row["step_seconds"] > 0.35
 
 
 def test_so_is_all_else_before_the_first_batch(tmp_path):
     """Not in the first epoch, for which Lightning opens the loader before training starts."""
     fit(tmp_path, Slow(step=0.05), SlowlyOpened(Samples(2), 0.6), max_epochs=2)
     first, second = map(numbers, rows(tmp_path))
-    assert first["data_wait"] < 0.3 and second["data_wait"] > 0.7
-    assert 0.3 < second["step_seconds"] < 0.6
+    assert first["data_wait"] < 0.5 and second["data_wait"] > 0.6 and second["step_seconds"] > 0.3
 
 
 def fit_with_memory(folder):

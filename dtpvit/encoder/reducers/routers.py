@@ -66,7 +66,7 @@ class MlpRouter(Router):
         weight = self.LIMIT * nn.functional.normalize(self.fc2.weight, dim=1)
         # The cosine to the centred hidden units: GELU's positive mean would shift all logits at the start. Centring the
         # weight instead gives the same product, the variance gives the length, and no further (T, D) tensor is made.
-        length = (hidden.var(dim=1, correction=0) * hidden.shape[1]).sqrt().clamp(min=1e-12)
+        length = (hidden.var(dim=1, correction=0) * hidden.shape[1]).clamp(min=1e-24).sqrt()
         logits = nn.functional.linear(hidden, weight - weight.mean()).squeeze(-1) / length
         if self.fc2.bias is not None:
             logits = logits + self.fc2.bias
