@@ -26,6 +26,7 @@ def encoder(
     patches: list[int] = [32, 16],  # noqa: B006 (never changed)
     batch_sizes: list[int] = [64, 16],  # noqa: B006
     precisions: list[Precision] = ["fp32", "bf16"],  # noqa: B006
+    packing: bool = True,
     rounds: int = 5,
     device: str = "auto",
     output: str | None = None,
@@ -37,6 +38,7 @@ def encoder(
         patches: Of 32 and 16, which to measure.
         batch_sizes: One for each of ``patches``.
         precisions: In which to measure.
+        packing: Whether to compare packing with padding too, on B/32.
         rounds: Measured runs of each step.
         device: auto, cpu, cuda.
         output: Markdown file to write.
@@ -50,7 +52,7 @@ def encoder(
                 parts.append(f"## B/{patch}, batch {batch}, {precision}, {kind}\n")
                 parts.append(_table(_measure(patch, batch, precision, source, rounds, place)))
                 print(*parts[-2:], sep="\n", file=sys.stderr)
-        if patch == 32:
+        if patch == 32 and packing:
             parts.append(_PACKING)
             parts.append(_packing([batch, 4 * batch], images, rounds, place))
     pages(parts, output)
