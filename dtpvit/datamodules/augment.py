@@ -3,10 +3,12 @@
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from timm.data.auto_augment import AugmentOp, posterize
 from timm.data.transforms_factory import transforms_imagenet_train
 from torch import Tensor
 
@@ -71,6 +73,9 @@ class Augmentation:
                 f"timm has no augmentation auto_augment={auto_augment!r}: give a string such as "
                 "'rand-m9-mstd0.5-inc1', 'original', 'augmix-m3-w3' or '3a', or none."
             ) from error
+        for op in _operations(self._transform):
+            if op.aug_fn is posterize:
+                op.aug_fn = _posterize
 
     def fits(self, image: Image.Image) -> bool:
         """Whether the image is large enough to be cropped: a few pixels are."""
@@ -80,6 +85,22 @@ class Augmentation:
         """``image`` is RGB. The global random generators are left as they were."""
         with _seeded(seed):
             return self._transform(image).contiguous()  # type: ignore[union-attr]
+
+
+def _operations(transform: Any) -> Iterator[AugmentOp]:
+    """The image operations of timm's policies, which lie in lists and lists of lists."""
+    if isinstance(transform, AugmentOp):
+        yield transform
+    inner = transform if isinstance(transform, list) else []
+    for name in ("transforms", "ops", "policy"):
+        inner = inner or getattr(transform, name, [])
+    for part in inner:
+        yield from _operations(part)
+
+
+def _posterize(image: Image.Image, bits: int, **unused: Any) -> Image.Image:
+    """timm's, but at full strength no bit is left, and Pillow, which then used to give black, raises since 13."""
+    return Image.new(image.mode, image.size) if bits < 1 else posterize(image, bits)
 
 
 @contextmanager

@@ -204,7 +204,12 @@ class LabelledImages(TrainedData):
         if training is not None and val is not None:
             assert self.val is not None
             check_same_classes(training, val, self.val)
-        self.num_classes = head = self._from_model("num_classes", self.num_classes)
+        head = self._from_model("num_classes", self.num_classes)
+        if self._of_model("num_classes") not in (None, head):
+            raise UserError(
+                f"num_classes of the data is {head} where the model's head has {self._of_model('num_classes')}: "
+                "leave it out of the data, for the model is asked, or give the model as many."
+            )
         found = [(self.train, training), (self.val, val)]
         self._classes, self._names = head, None
         for data, classes in found:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import lightning as L
 
@@ -39,10 +39,14 @@ class TrainedData(L.LightningDataModule):
         """The value given, or else the model's attribute of that name."""
         if given is not None:
             return given
-        module = None if self.trainer is None else self.trainer.lightning_module
-        if (value := getattr(module, name, None)) is None:
+        if (value := self._of_model(name)) is None:
             raise UserError(f"The data module has no {name} and no model to ask for it; set {name}.")
         return value
+
+    def _of_model(self, name: str) -> Any:
+        """The model's attribute of that name; None without a model or attribute."""
+        module = None if self.trainer is None else self.trainer.lightning_module
+        return getattr(module, name, None)
 
     @contextmanager
     def _saying_where(self) -> Iterator[None]:
