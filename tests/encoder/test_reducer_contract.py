@@ -15,11 +15,19 @@ def dynamic(**options):
     return lambda compression: DynamicPooling(D, compression=compression, **options)
 
 
+def sensitive(compression):
+    """As if fitted: tokens count for more or less in their segment's mean."""
+    reducer = DynamicPooling(D, compression=compression, router="sensitivity")
+    reducer.boundary_predictor.boundary_sensitivity.normal_(std=0.1)
+    return reducer
+
+
 REDUCERS = [
     pytest.param(dynamic(), id="dynamic"),
     pytest.param(dynamic(estimator="dtp", order="raster"), id="dynamic-dtp"),
     pytest.param(dynamic(router="cosine", order="serpentine"), id="dynamic-cosine"),
     pytest.param(dynamic(router="minimum_variance"), id="minimum-variance"),
+    pytest.param(sensitive, id="sensitivity"),
     pytest.param(dynamic(budget="fixed"), id="dynamic-fixed"),
     pytest.param(dynamic(estimator="symmetric"), id="dynamic-symmetric"),
     pytest.param(dynamic(rate="binomial", estimator="symmetric"), id="dynamic-binomial"),
