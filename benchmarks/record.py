@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 from datetime import date
@@ -17,7 +18,7 @@ __all__ = ["heading", "pages", "table"]
 def heading(title: str, device: torch.device) -> str:
     """Title, command, machine, versions and date of a result page, in Markdown."""
     name = Path(sys.argv[0]).stem
-    command = " ".join(["python -m", f"benchmarks.{name}", *sys.argv[1:]])
+    command = shlex.join(["python", "-m", f"benchmarks.{name}", *sys.argv[1:]])
     packages = ", ".join(f"{package} {number}" for package, number in versions().items())
     return f"# {title}\n\n```\n{command}\n```\n\n{machine(device)}; {packages}; {date.today().isoformat()}.\n"
 

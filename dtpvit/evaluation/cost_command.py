@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from dataclasses import asdict
 from datetime import date
@@ -85,7 +86,7 @@ def cost(
             "machine": machine(place),
             "versions": versions(),
             "date": date.today().isoformat(),
-            "command": " ".join(["dtpvit", *sys.argv[1:]]),
+            "command": shlex.join(["dtpvit", *sys.argv[1:]]),
             "reference": base.name,
             "batch_size": batch_size,
             "precision": precision,
