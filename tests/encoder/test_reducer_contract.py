@@ -42,6 +42,13 @@ REDUCERS = [
 ]
 
 
+def weights_of(reducer, tokens):
+    """What each patch of one image counts for in its segment's mean: 1, unless the reducer's router says otherwise."""
+    router = getattr(reducer, "boundary_predictor", None)
+    weights = None if router is None else router.weights(tokens)
+    return torch.ones(tokens.patches.total) if weights is None else weights[PREFIX:]
+
+
 @pytest.fixture(params=REDUCERS)
 def make(request):
     return request.param
@@ -108,9 +115,10 @@ def test_features_are_the_means_that_source_describes(reducer):
     tokens = dense_tokens()
     out = reducer(tokens, Evidence()).tokens
     for before, after in zip(tokens.split(), out.split(), strict=True):
-        patches = before.features[PREFIX:]
+        patches, weights = before.features[PREFIX:], weights_of(reducer, before)
         for index in range(len(after.size) - after.num_prefix):
-            mean = patches[after.source == index].mean(0)
+            mine = after.source == index
+            mean = (patches[mine] * weights[mine, None]).sum(0) / weights[mine].sum()
             torch.testing.assert_close(after.features[after.num_prefix + index], mean)
     assert torch.equal(out.prefix_features()[:, :PREFIX], tokens.prefix_features())
 
