@@ -4,9 +4,8 @@ import logging
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import lightning as L
 from torch import Tensor
 
 from dtpvit.datamodules.labelled import LabelledLoader
@@ -15,17 +14,17 @@ from dtpvit.datamodules.loader import ResumableLoader
 from dtpvit.datamodules.prompts import load_classnames, load_templates
 from dtpvit.datamodules.samples import ImageText
 from dtpvit.datamodules.shards import expand_shards
-from dtpvit.datamodules.transforms import eval_transform, train_transform
+from dtpvit.datamodules.trained_data import TrainedData
+from dtpvit.datamodules.transforms import eval_transform, height_width, train_transform
 from dtpvit.errors import UserError
 
 __all__ = ["ImageTextShards"]
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
 Prompts = tuple[list[str], list[Callable[[str], str]]]
 
 
-class ImageTextShards(L.LightningDataModule):
+class ImageTextShards(TrainedData):
     """Trains on {"image": uint8 (B, 3, H, W), "text": int64 (B, context), "seed": int64 (B,)} batches.
 
     Validation gives a list of loaders: the pairs of ``val``, then the labelled images of ``zeroshot``.
@@ -130,15 +129,13 @@ class ImageTextShards(L.LightningDataModule):
         """A loader that shuffles, resumes in mid-epoch, and gives all ranks equally many full batches."""
         assert self.image_size is not None and self.tokenize is not None
         transform = train_transform(self.image_size, scale=self.crop_scale, flip=self.flip)
-        # To overfit a few batches they must be the same in every epoch.
-        overfit = self.trainer is not None and bool(getattr(self.trainer, "overfit_batches", 0))
         return ResumableLoader(
             self._train_shards,
             ImageText(transform, self.tokenize, self.seed, self.captions_field),
             batch_size=self.batch_size,
             num_workers=self.num_workers,
             num_samples=self.num_samples,
-            shuffle_buffer=0 if overfit else self.shuffle_buffer,
+            shuffle_buffer=0 if self._overfits else self.shuffle_buffer,
             seed=self.seed,
             rank=self._rank,
             world_size=self._world_size,
@@ -166,7 +163,7 @@ class ImageTextShards(L.LightningDataModule):
             loaders.append(
                 LabelledLoader(
                     self._index,
-                    image_size=_pair(self.image_size),
+                    image_size=height_width(self.image_size),
                     batch_size=self.val_batch_size,
                     num_workers=self.num_workers,
                     rank=self._rank,
@@ -183,14 +180,6 @@ class ImageTextShards(L.LightningDataModule):
         """The validation loaders."""
         return self.val_dataloader()
 
-    @property
-    def _rank(self) -> int:
-        return 0 if self.trainer is None else self.trainer.global_rank
-
-    @property
-    def _world_size(self) -> int:
-        return 1 if self.trainer is None else self.trainer.world_size
-
     def _find_zeroshot(self, data: str) -> None:
         names = None if self.zeroshot_classnames is None else load_classnames(self.zeroshot_classnames)
         self._index = index_labelled(data, classnames=names)
@@ -198,23 +187,5 @@ class ImageTextShards(L.LightningDataModule):
 
     def _shards(self, spec: str | list[str]) -> list[str]:
         """The shards of ``spec``; if they are not there, the sentence also says where to get them."""
-        try:
+        with self._saying_where():
             return expand_shards(spec)
-        except UserError as error:
-            if self.get_data is None:
-                raise
-            raise UserError(f"{str(error).rstrip('.')} ({self.get_data}).") from None
-
-    def _from_model(self, name: str, given: T | None) -> T:
-        if given is not None:
-            return given
-        module = None if self.trainer is None else self.trainer.lightning_module
-        if (value := getattr(module, name, None)) is None:
-            raise UserError(f"The data module has no {name} and no model to ask for it; set {name}.")
-        return value
-
-
-def _pair(image_size: int | tuple[int, int]) -> tuple[int, int]:
-    if isinstance(image_size, int):
-        return image_size, image_size
-    return image_size[0], image_size[1]

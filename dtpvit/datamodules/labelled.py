@@ -28,7 +28,7 @@ class LabelledLoader:
         image_size: Height and width that the evaluation transform makes.
         batch_size: Images of a batch; the last one may be short.
         num_workers: Processes that decode; 0 decodes in this one.
-        resize_mode: As in ``eval_transform``.
+        resize_mode, crop_pct, interpolation: As in ``eval_transform``.
         rank: This process among ``world_size``; it loads samples ``rank, rank + world_size, ...``
 
     Attributes:
@@ -45,6 +45,8 @@ class LabelledLoader:
         batch_size: int,
         num_workers: int = 2,
         resize_mode: str = "shortest",
+        crop_pct: float = 1.0,
+        interpolation: str = "bicubic",
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
@@ -55,8 +57,9 @@ class LabelledLoader:
         self._incomplete = index.incomplete if rank == 0 else 0
         self.skipped = 0
         self.broken: list[str] = []
+        transform = eval_transform(image_size, resize_mode=resize_mode, crop_pct=crop_pct, interpolation=interpolation)
         self._loader = DataLoader(
-            _Images(index.samples[rank::world_size], eval_transform(image_size, resize_mode=resize_mode)),
+            _Images(index.samples[rank::world_size], transform),
             batch_size=batch_size,
             num_workers=num_workers,
             collate_fn=_Collate(image_size),

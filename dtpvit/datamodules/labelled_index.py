@@ -6,33 +6,22 @@ an image is an address (file, offset, size) and a label, whatever it is stored i
 
 import os
 import re
-import tarfile
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import NamedTuple
 
 from tqdm import tqdm
 
+from dtpvit.datamodules.labelled_shards import IMAGES, Sample, index_tar, labelled_shards, names_beside
 from dtpvit.datamodules.prompts import load_classnames
-from dtpvit.datamodules.shards import expand_shards, is_local
 from dtpvit.errors import UserError
 
-__all__ = ["LabelledIndex", "Sample", "index_labelled"]
+__all__ = ["LabelledIndex", "Sample", "index_labelled", "plain_name"]
 
-_IMAGES = (".jpg", ".jpeg", ".png", ".webp")
 _WNID = re.compile(r"(?:^|_)(n\d{8})(?=_|$)")
+_SPLITS = ("train", "training", "val", "valid", "validation", "test")
 _KINDS = ("auto", "imagenet", "v2", "a", "r", "sketch", "folders")
-
-
-class Sample(NamedTuple):
-    """Where an image lies and what it shows; ``size`` -1 means the whole file."""
-
-    path: str
-    label: int
-    offset: int = 0
-    size: int = -1
 
 
 @dataclass(frozen=True)
@@ -80,7 +69,7 @@ def index_labelled(
     if limit is not None and limit < 1:
         raise UserError(f"limit is {limit}: give a number of images of at least 1, or leave it out.")
     root = Path(data).expanduser()
-    if shards := _shards(data, root):
+    if shards := labelled_shards(data):
         index = _index_shards(data, shards, classnames, labels)
     else:
         index = _index_folder(root, classnames, labels)
@@ -107,6 +96,11 @@ def _index_folder(root: Path, classnames: list[str] | None, labels: str) -> Labe
         return _index_flat(root, [entry.name for entry in entries if _is_image(entry.name)], labels)
     files = {name: sorted(filter(_is_image, os.listdir(root / name))) for name in folders}
     if empty := [name for name in folders if not files[name]]:
+        if splits := [name for name in empty if name.lower() in _SPLITS]:
+            raise UserError(
+                f"{root} holds the split{'s' * (len(splits) > 1)} {', '.join(splits)} where class folders were "
+                f"expected: give one split, such as {root / splits[0]}."
+            )
         raise UserError(
             f"{root} has {len(empty)} of {len(folders)} folders without images, such as {empty[0]}: give the "
             "folder that holds the class folders of one split, completely unpacked."
@@ -139,7 +133,7 @@ def _label_folders(
 
 
 def _guess(root: Path, folders: list[str], classnames: list[str] | None) -> str:
-    if classnames is not None and {_plain(name) for name in classnames} == {_plain(name) for name in folders}:
+    if classnames is not None and {plain_name(name) for name in classnames} == {plain_name(name) for name in folders}:
         return "folders"
     if all(_WNID.fullmatch(name) for name in folders):
         for kind in ("a", "r"):
@@ -164,11 +158,11 @@ def _own_labels(root: Path, folders: list[str], classnames: list[str] | None) ->
     if classnames is None:
         ordered = numbered if is_count else folders
         return {name: label for label, name in enumerate(ordered)}, [_readable(name) for name in ordered]
-    plain = [_plain(name) for name in classnames]
+    plain = [plain_name(name) for name in classnames]
     by_name = {name: label for label, name in enumerate(plain)}
-    found = {_plain(name) for name in folders}
+    found = {plain_name(name) for name in folders}
     if len(by_name) == len(plain) and found == by_name.keys() and len(found) == len(folders):
-        return {name: by_name[_plain(name)] for name in folders}, list(classnames)
+        return {name: by_name[plain_name(name)] for name in folders}, list(classnames)
     if is_count and len(classnames) == len(folders):
         return {name: int(name) for name in folders}, list(classnames)
     if len(by_name) < len(plain):
@@ -186,7 +180,7 @@ def _own_labels(root: Path, folders: list[str], classnames: list[str] | None) ->
 def _index_flat(root: Path, files: list[str], labels: str) -> LabelledIndex:
     if not files:
         raise UserError(
-            f"{root} holds no class folders, no {', '.join(_IMAGES)} images and no .tar shards: give the "
+            f"{root} holds no class folders, no {', '.join(IMAGES)} images and no .tar shards: give the "
             "folder of one split of a labelled data set."
         )
     label_of = {} if labels in ("folders", "v2") else _wnid_labels(labels)
@@ -203,10 +197,11 @@ def _index_flat(root: Path, files: list[str], labels: str) -> LabelledIndex:
 
 
 def _is_image(name: str) -> bool:
-    return name.lower().endswith(_IMAGES) and not name.startswith(".")
+    return name.lower().endswith(IMAGES) and not name.startswith(".")
 
 
-def _plain(name: str) -> str:
+def plain_name(name: str) -> str:
+    """A class name as it is compared: case, ``_`` and ``-`` do not count."""
     return " ".join(name.casefold().replace("_", " ").replace("-", " ").split())
 
 
@@ -233,38 +228,11 @@ def _restriction(labels: str) -> list[int] | None:
 # Shards
 
 
-def _shards(data: str, root: Path) -> list[Path]:
-    """The shards that ``data`` names, in order; [] for a folder that holds none."""
-    if not root.is_dir():
-        if is_local(data) and not data.endswith(".tar") and not re.search(r"[{*?\[]", data):
-            raise UserError(
-                f"{data} is no folder on this machine, nor shards ending in .tar: give the folder of one "
-                "split of a labelled data set, or shards such as 'test/{0..9}.tar'."
-            )
-        shards = expand_shards(data)
-        if foreign := [shard for shard in shards if not is_local(shard) or not shard.endswith(".tar")]:
-            raise UserError(
-                f"{foreign[0]} is not a .tar file on this machine: evaluation reads labelled images from "
-                "folders or from local, uncompressed tars, so download or unpack it."
-            )
-        return [Path(shard) for shard in shards]
-    for folder in (root, root / "test"):
-        shards = sorted(folder.glob("*.tar"), key=lambda path: (len(path.name), path.name))
-        promise = folder / "nshards.txt"
-        if promise.is_file() and (promised := promise.read_text().strip()) != str(len(shards)):
-            raise UserError(
-                f"{folder} holds {len(shards)} shards where its nshards.txt says {promised}: finish the download."
-            )
-        if shards:
-            return shards
-    return []
-
-
-def _index_shards(data: str, shards: list[Path], classnames: list[str] | None, labels: str) -> LabelledIndex:
+def _index_shards(data: str, shards: list[str], classnames: list[str] | None, labels: str) -> LabelledIndex:
     samples: list[Sample] = []
     incomplete = 0
     for shard in tqdm(shards, desc="reading labels", unit="shard", delay=5, disable=None, leave=False):
-        found, left_out = _index_tar(shard)
+        found, left_out = index_tar(shard)
         samples += found
         incomplete += left_out
     if not samples:
@@ -273,8 +241,7 @@ def _index_shards(data: str, shards: list[Path], classnames: list[str] | None, l
             "give shards of a labelled data set, or unpack the tar if it holds class folders."
         )
     if classnames is None and labels == "auto":
-        beside = (folder / "classnames.txt" for folder in (shards[0].parent, shards[0].parent.parent))
-        classnames = next((load_classnames(str(file)) for file in beside if file.is_file()), None)
+        classnames = names_beside(shards[0])
     present = {sample.label for sample in samples}
     if classnames is None and labels in ("auto", "folders") and present != set(range(1000)):
         raise UserError(
@@ -288,29 +255,3 @@ def _index_shards(data: str, shards: list[Path], classnames: list[str] | None, l
             "class names, or the labels=, that belong to these shards."
         )
     return LabelledIndex(samples, classnames, _restriction(labels), incomplete)
-
-
-def _index_tar(shard: Path) -> tuple[list[Sample], int]:
-    """Samples of one shard, in the order of their images, and how many were incomplete."""
-    images: dict[str, tuple[int, int]] = {}
-    labels: dict[str, int] = {}
-    keys: set[str] = set()
-    try:
-        with tarfile.open(shard, mode="r:") as tar:
-            for member in tar:
-                folder, _, base = member.name.rpartition("/")
-                stem, dot, extension = base.partition(".")
-                if not member.isfile() or not stem or not dot:
-                    continue
-                key = f"{folder}/{stem}"
-                keys.add(key)
-                if f".{extension.lower()}" in _IMAGES:
-                    images[key] = (member.offset_data, member.size)
-                elif extension == "cls" and (content := tar.extractfile(member)) is not None:
-                    labels[key] = int(content.read())
-    except (tarfile.TarError, OSError, ValueError) as error:
-        raise UserError(
-            f"{shard} is no sound, uncompressed tar with whole numbers as labels ({error}): download it again."
-        ) from error
-    complete = [key for key in images if key in labels]
-    return [Sample(str(shard), labels[key], *images[key]) for key in complete], len(keys) - len(complete)

@@ -1,6 +1,5 @@
 """A loader of tar shards that resumes exactly, in the middle of an epoch, with any number of workers."""
 
-import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, Generic, TypeVar
 
@@ -9,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from dtpvit.datamodules.resumable import Resumable, steps_per_epoch
 from dtpvit.datamodules.samples import CAUSES
 from dtpvit.datamodules.shards import count_samples, shard_counts
 from dtpvit.datamodules.stream import Recipe, ShardStream
@@ -21,8 +21,10 @@ Sample = TypeVar("Sample")
 _FIELDS = 3  # of the stream's control tensor before the counts of the workers
 
 
-class ResumableLoader(Generic[Raw, Sample]):
+class ResumableLoader(Resumable, Generic[Raw, Sample]):
     """Batches from tar shards, in a fixed number per epoch for training, or all samples once for evaluation.
+
+    A resume is exact if batch size, ranks, workers, shuffle buffer, seed and number of shards are the same.
 
     Args:
         shards: Paths or addresses, as ``expand_shards`` gives them.
@@ -82,9 +84,7 @@ class ResumableLoader(Generic[Raw, Sample]):
             generator=torch.Generator().manual_seed(seed),
         )
         self._length = self._count_batches()
-        self._epoch = self._position = self._salt = 0
-        self._used = [0] * self._consumers
-        self._resuming = False
+        self._start_epoch(0)
 
     def __len__(self) -> int:
         """Batches of this rank per epoch; in evaluation broken samples may leave fewer.
@@ -96,23 +96,11 @@ class ResumableLoader(Generic[Raw, Sample]):
             raise TypeError("the number of samples is not known: a shard has no _stats.json")
         return self._length
 
-    batch_sampler = None  # Lightning asks whoever has a ``sampler`` for this too
-
-    @property
-    def sampler(self) -> "ResumableLoader[Raw, Sample] | None":
-        """Where Lightning looks for ``set_epoch``; None in evaluation, whose epoch never changes."""
-        return self if self.steps is not None else None
-
     @property
     def skipped(self) -> dict[str, int]:
         """Samples left out since the present epoch's iteration began, by cause, over this rank's workers."""
         totals = self._stream.skips.sum(0).tolist()
         return {cause: number for cause, number in zip(CAUSES, totals, strict=True) if number}
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that the next iteration gives; a position loaded for another is forgotten."""
-        if epoch != self._epoch:
-            self._start_epoch(epoch)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         """The epoch's batches, or after ``load_state_dict`` the rest of them.
@@ -151,30 +139,12 @@ class ResumableLoader(Generic[Raw, Sample]):
             "layout": self._layout(),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where ``state_dict`` was taken.
-
-        Exact if batch size, ranks, workers, seed and number of shards are the same; else, with a warning, as
-        many batches are left, drawn from a new shuffle of all shards.
-        """
-        self._start_epoch(int(state["epoch"]))
-        position = int(state["position"])
-        if self.steps is not None and position >= self.steps:
-            self._start_epoch(self._epoch + 1)
-            return
-        self._resuming = True
-        self._position, self._salt = position, int(state["salt"])
+    def _continues(self, state: dict[str, Any]) -> bool:
         used = state["used"]
-        if state["layout"] == self._layout() and len(used) in (1, self._stream.world_size):
+        if super()._continues(state) and len(used) in (1, self._stream.world_size):
             self._used = list(used[self._stream.rank if len(used) > 1 else 0])
-            return
-        changed = [name for name, value in self._layout().items() if state["layout"].get(name) != value]
-        warnings.warn(
-            f"The data loader has another {', '.join(changed) or 'number of ranks'} than the checkpoint's, "
-            "so the rest of this epoch is drawn from a new shuffle, not exactly continued.",
-            stacklevel=2,
-        )
-        self._salt = position + 1
+            return True
+        return False
 
     def _count_batches(self) -> int | None:
         if self.steps is not None:
@@ -185,9 +155,8 @@ class ResumableLoader(Generic[Raw, Sample]):
         return self._stream.expected_batches(counts, self._consumers)
 
     def _start_epoch(self, epoch: int) -> None:
-        self._epoch, self._position, self._salt = epoch, 0, 0
+        super()._start_epoch(epoch)
         self._used = [0] * self._consumers
-        self._resuming = False
 
     def _layout(self) -> dict[str, int]:
         stream = self._stream
@@ -200,20 +169,6 @@ class ResumableLoader(Generic[Raw, Sample]):
             "seed": stream.seed,
         }
 
-    def _stop_workers(self) -> None:
-        if self._loader.num_workers and self._loader._iterator is not None:
-            self._loader._iterator._shutdown_workers()  # type: ignore[attr-defined]
-            self._loader._iterator = None
-
-    @property
-    def _iterator(self) -> Any:
-        """Lightning shuts the workers down through this name at the end of a run."""
-        return self._loader._iterator
-
-    @_iterator.setter
-    def _iterator(self, value: None) -> None:
-        self._loader._iterator = value
-
 
 def _steps(num_samples: int | None, num_shards: int, batch_size: int, world_size: int) -> int:
     """Batches per epoch on every rank."""
@@ -222,10 +177,4 @@ def _steps(num_samples: int | None, num_shards: int, batch_size: int, world_size
             f"The number of training samples is not known: not all of the {num_shards} shards have a "
             "_stats.json (an unfinished download has none); finish it or set num_samples."
         )
-    steps = num_samples // (batch_size * world_size)
-    if steps == 0:
-        raise UserError(
-            f"The {num_samples} training samples do not fill one batch of {batch_size} on {world_size} "
-            "rank(s): lower batch_size or add data."
-        )
-    return steps
+    return steps_per_epoch(num_samples, batch_size, world_size)

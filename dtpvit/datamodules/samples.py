@@ -33,9 +33,11 @@ __all__ = [
 
 CAUSES = (
     "unreadable shard",
+    "unreadable file",
     "duplicate key",
     "no image",
     "no caption",
+    "no label",
     "broken image",
     "oversized image",
 )
@@ -123,14 +125,14 @@ def sample_seed(key: str, epoch: int, seed: int) -> int:
     return int.from_bytes(digest, "little") >> 2
 
 
-def decode_image(data: bytes) -> Image.Image:
-    """RGB image, upright by its EXIF orientation.
+def decode_image(data: bytes, *, upright: bool = True) -> Image.Image:
+    """RGB image, turned upright by its EXIF orientation unless it is to stay as stored.
 
     Raises:
         SkippedSample: If the image is broken, cut off, or so large that decoding it would be an attack.
     """
     with _refusals():
-        return _decode(_open(data))
+        return _decode(_open(data), upright)
 
 
 def decode_pixels(data: bytes, min_side: int) -> Tensor:
@@ -160,9 +162,9 @@ def _open(data: bytes) -> Image.Image:
     return image
 
 
-def _decode(image: Image.Image) -> Image.Image:
+def _decode(image: Image.Image, upright: bool = True) -> Image.Image:
     image.load()
-    if "exif" in image.info:
+    if upright and "exif" in image.info:
         image = _upright(image)
     return to_rgb(image)
 

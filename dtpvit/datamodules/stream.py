@@ -162,7 +162,7 @@ class ShardStream(IterableDataset[tuple[int, int, Any]], Generic[Raw, Sample]):
         counts = ", ".join(f"{cause}: {n}" for cause, n in zip(CAUSES, self._skipped.tolist(), strict=True) if n)
         return (
             f"No sample of {len(self.shards)} shards beginning with {self.shards[0]!r} could be used "
-            f"({counts or 'none has both image and caption'}); check how the shards were written."
+            f"({counts or 'none is complete'}); check how the shards were written."
         )
 
 

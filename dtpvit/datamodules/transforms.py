@@ -14,10 +14,12 @@ from torch.nn import functional as F
 from dtpvit.errors import UserError
 
 __all__ = [
+    "INTERPOLATIONS",
     "EvalTransform",
     "ResizeMode",
     "TrainTransform",
     "eval_transform",
+    "height_width",
     "to_pixels",
     "to_rgb",
     "to_tensor",
@@ -25,6 +27,8 @@ __all__ = [
 ]
 
 ResizeMode = Literal["shortest", "longest", "squash"]
+
+INTERPOLATIONS = tuple(name.lower() for name in Image.Resampling.__members__)
 
 _SPARE = 1.5
 _WHITE = (255, 255, 255)
@@ -45,18 +49,32 @@ def train_transform(
     low, high = scale
     if not 0 < low <= high <= 1:
         raise UserError(f"The crop scale is {list(scale)}; give two shares of the area, 0 < low <= high <= 1.")
-    return TrainTransform(_height_width(image_size), (float(low), float(high)), flip)
+    return TrainTransform(height_width(image_size), (float(low), float(high)), flip)
 
 
-def eval_transform(image_size: int | tuple[int, int], *, resize_mode: str = "shortest") -> "EvalTransform":
-    """open_clip's evaluation transform without its normalisation: bicubic resize, centre crop, RGB.
+def eval_transform(
+    image_size: int | tuple[int, int],
+    *,
+    resize_mode: str = "shortest",
+    crop_pct: float = 1.0,
+    interpolation: str = "bicubic",
+) -> "EvalTransform":
+    """Resize, centre crop, RGB: open_clip's evaluation transform, without its normalisation.
+
+    With another ``crop_pct`` it is timm's: the image is first brought to ``floor(image_size / crop_pct)``, so that
+    the crop keeps that share of its short side.
 
     Raises:
-        UserError: If a size is not positive or ``resize_mode`` is none of shortest, longest, squash.
+        UserError: If a size is not positive, ``crop_pct`` is not within (0, 1], ``resize_mode`` is none of shortest,
+            longest, squash, or the interpolation is none of PIL's.
     """
     if resize_mode not in get_args(ResizeMode):
         raise UserError(f"The resize mode is {resize_mode!r}; choose one of {', '.join(get_args(ResizeMode))}.")
-    return EvalTransform(_height_width(image_size), resize_mode)
+    if not 0 < crop_pct <= 1:
+        raise UserError(f"crop_pct is {crop_pct}; give the share of the short side that is kept, 0 < crop_pct <= 1.")
+    if interpolation not in INTERPOLATIONS:
+        raise UserError(f"The interpolation is {interpolation!r}; choose one of {', '.join(INTERPOLATIONS)}.")
+    return EvalTransform(height_width(image_size), resize_mode, float(crop_pct), interpolation)
 
 
 @dataclass(frozen=True)
@@ -97,13 +115,15 @@ class EvalTransform:
 
     image_size: tuple[int, int]
     resize_mode: str = "shortest"
+    crop_pct: float = 1.0
+    interpolation: str = "bicubic"
 
     def __call__(self, image: Image.Image) -> Tensor:
         image = to_rgb(image)
         height, width = self.image_size
         size = self._resized(image.width, image.height)
         if size != image.size:
-            image = image.resize(size, Image.Resampling.BICUBIC)
+            image = image.resize(size, Image.Resampling[self.interpolation.upper()])
         left, top = _centre(image.width, width), _centre(image.height, height)
         if (left, top) != (0, 0) or image.size != (width, height):
             # PIL fills what lies outside the image with black: that is open_clip's padding too.
@@ -111,8 +131,8 @@ class EvalTransform:
         return to_tensor(image)
 
     def _resized(self, width: int, height: int) -> tuple[int, int]:
-        """Width and height after the resize. The two roundings are open_clip's own."""
-        to_height, to_width = self.image_size
+        """Width and height after the resize. The two roundings are open_clip's and timm's own."""
+        to_height, to_width = (math.floor(side / self.crop_pct) for side in self.image_size)
         if self.resize_mode == "squash":
             return to_width, to_height
         if self.resize_mode == "shortest" and to_height == to_width:
@@ -171,7 +191,12 @@ def _centre(have: int, want: int) -> int:
     return round((have - want) / 2.0) if have >= want else -((want - have) // 2)
 
 
-def _height_width(image_size: int | tuple[int, int]) -> tuple[int, int]:
+def height_width(image_size: int | tuple[int, int]) -> tuple[int, int]:
+    """An image size as the two numbers it stands for.
+
+    Raises:
+        UserError: If it is not one positive number or two.
+    """
     pair = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
     if len(pair) != 2 or min(pair) < 1:
         raise UserError(f"The image size is {image_size}; give one positive number of pixels or (height, width).")

@@ -193,6 +193,11 @@ class VisionEncoder(nn.Module):
         tokens = tokens.with_features(self.norm(tokens.features))
         return Encoding(tokens, self.read_out(tokens), losses, tuple(layouts), compression)
 
+    def run_block(self, index: int, tokens: Tokens) -> Tokens:
+        """One block, and before it its reducer if it has one."""
+        reduction = self._reduce(index, tokens)
+        return self._run(self.blocks[index], tokens if reduction is None else reduction.tokens)
+
     @torch.no_grad()
     def boundary_scores(
         self, images: Tensor, index: int, *, seeds: Tensor, thresholds: Mapping[int, Tensor]

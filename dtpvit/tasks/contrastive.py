@@ -11,13 +11,10 @@ import lightning
 import torch
 from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD, ClipLoss
 from open_clip.loss import SigLipLoss
-from timm.optim._optim_factory import create_optimizer_v2
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from dtpvit.datamodules.samples import CAUSES
 from dtpvit.encoder import Encoding
-from dtpvit.encoder.ops.collectives import add_up
 from dtpvit.encoder.ops.noise import draw_seeds
 from dtpvit.errors import UserError
 from dtpvit.interop.create import build_clip
@@ -25,8 +22,11 @@ from dtpvit.interop.dense_weights import load_dense
 from dtpvit.interop.loading import Tokenize
 from dtpvit.interop.model_config import model_config
 from dtpvit.tasks.accumulation import Batch, CachedStep, Features, average_gradients, joint_thresholds
+from dtpvit.tasks.checkpoint_names import use_model_names
 from dtpvit.tasks.contrastive_validation import ContrastiveValidation
-from dtpvit.tasks.optimization import NonFiniteGuard, decay_groups, warmup_cosine
+from dtpvit.tasks.optimization import NonFiniteGuard, decay_groups, optimizer_and_schedule
+from dtpvit.tasks.resuming import continue_data
+from dtpvit.tasks.skipped_samples import report_skipped
 from dtpvit.tasks.token_count import TokenCount
 
 __all__ = ["Contrastive"]
@@ -96,8 +96,7 @@ class Contrastive(lightning.LightningModule):
         self._cached: CachedStep | None = None
         self._last_loss = torch.zeros(())
         # A checkpoint has open_clip's own names, so that open_clip loads it unchanged.
-        self.register_state_dict_post_hook(_strip_model)
-        self.register_load_state_dict_pre_hook(_add_model)
+        use_model_names(self)
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -133,6 +132,9 @@ class Contrastive(lightning.LightningModule):
         if self.hparams["accum_freq"] > 1 and self._distributed:
             # The second pass runs outside DDP's forward, so its gradients are averaged here, once.
             self.trainer.strategy.model.require_backward_grad_sync = False  # pyright: ignore
+
+    def on_train_start(self) -> None:
+        continue_data(self.trainer)
 
     @property
     def _distributed(self) -> bool:
@@ -205,15 +207,7 @@ class Contrastive(lightning.LightningModule):
             self.model.logit_scale.clamp_(0.0, math.log(100))
 
     def on_train_epoch_end(self) -> None:
-        """Report the samples that could not be used, by cause, over all ranks."""
-        mine: dict[str, int] = getattr(self.trainer.train_dataloader, "skipped", {})
-        counts = add_up(*(mine.get(cause, 0) for cause in CAUSES), device=self.device)
-        skipped = {cause: count for cause, count in zip(CAUSES, counts, strict=True) if count}
-        for cause, count in skipped.items():
-            self.log(f"data/skipped/{cause.replace(' ', '_')}", float(count))
-        if skipped and self.trainer.is_global_zero:
-            causes = ", ".join(f"{count} {cause}" for cause, count in skipped.items())
-            logger.warning("epoch %d: skipped %s", self.current_epoch + 1, causes)
+        report_skipped(self)
 
     def _log_encoding(self, encoding: Encoding) -> None:
         second_pass = self._cached is not None
@@ -250,33 +244,9 @@ class Contrastive(lightning.LightningModule):
         return found
 
     def configure_optimizers(self) -> Any:
-        options = self.hparams
-        groups = decay_groups(self.named_parameters(), options["weight_decay"])
-        # One kernel for all tensors. Under mixed precision Lightning refuses to clip gradients before a fused step.
-        extra: dict[str, Any] = (
-            {"fused": True} if options["optimizer"] == "adamw" and self.trainer.precision == "32-true" else {}
-        )
-        if options["optimizer"] != "sgd":
-            extra |= {"betas": tuple(options["betas"]), "eps": options["eps"]}
-        optimizer = create_optimizer_v2(groups, opt=options["optimizer"], lr=options["learning_rate"], **extra)
-        total = int(self.trainer.estimated_stepping_batches)
-        warmup = min(options["warmup_steps"], total)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_cosine(warmup, total))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        groups = decay_groups(self.named_parameters(), self.hparams["weight_decay"])
+        return optimizer_and_schedule(self, groups)
 
 
 def _per_channel(values: tuple[float, ...]) -> Tensor:
     return 255 * torch.tensor(values).view(1, 3, 1, 1)
-
-
-def _strip_model(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    for name in [name for name in state if name.startswith(f"{prefix}model.")]:
-        state[prefix + name.removeprefix(f"{prefix}model.")] = state.pop(name)
-
-
-def _add_model(module: nn.Module, state: dict[str, Any], prefix: str, *unused: Any) -> None:
-    mine = {name for name, _ in module.named_parameters()} | {name for name, _ in module.named_buffers()}
-    for name in [name for name in state if name.startswith(prefix)]:
-        inner = name.removeprefix(prefix)
-        if inner not in mine and f"model.{inner}" in mine:
-            state[f"{prefix}model.{inner}"] = state.pop(name)

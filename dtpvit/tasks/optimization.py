@@ -1,4 +1,4 @@
-"""Weight-decay groups, the learning-rate schedule, and the guard against a loss that is no number."""
+"""Parameter groups, the learning-rate schedule, and the guard against a loss that is no number."""
 
 from __future__ import annotations
 
@@ -6,10 +6,15 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import lightning
 import torch
+from timm.optim._optim_factory import create_optimizer_v2
+from timm.optim._param_groups import param_groups_layer_decay
 from torch import Tensor, nn
 
-__all__ = ["NonFiniteGuard", "decay_groups", "warmup_cosine"]
+from dtpvit.interop.timm_models import TimmVisionEncoder
+
+__all__ = ["NonFiniteGuard", "decay_groups", "layer_groups", "optimizer_and_schedule", "warmup_cosine"]
 
 _NO_DECAY = ("pos_embed", "cls_token", "positional_embedding")
 
@@ -22,6 +27,40 @@ def decay_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: float)
             plain = parameter.ndim < 2 or name.rsplit(".", 1)[-1] in _NO_DECAY
             (rest if plain else decay).append(parameter)
     return [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+
+
+def layer_groups(
+    model: TimmVisionEncoder,
+    *,
+    learning_rate: float,
+    weight_decay: float,
+    layer_decay: float = 1.0,
+    predictor_lr_scale: float = 1.0,
+) -> list[dict[str, Any]]:
+    """Parameter groups with a learning rate a layer, which falls by ``layer_decay`` from each block to the one before.
+
+    timm's groups (Bao et al., "BEiT", 2022): the head has the full rate, the last block and the final norm one factor
+    less. Reducers are new beside weights that are not, so they leave their block's group and have a rate of their own.
+
+    Args:
+        model: Its parameters that require no gradient are left out.
+        learning_rate: Of the head.
+        weight_decay: Of matrices; biases, norms, the class token and positions do not decay.
+        layer_decay: In (0, 1]; 1 gives every layer the same rate.
+        predictor_lr_scale: Rate of the reducers over that of the head.
+    """
+    found = param_groups_layer_decay(
+        model, weight_decay=weight_decay, no_weight_decay_list=model.no_weight_decay(), layer_decay=layer_decay
+    )
+    reducing = {id(parameter) for parameter in model.reducers.parameters()}
+    groups: list[dict[str, Any]] = []
+    for group in found:
+        for mine, scale in ((False, group["lr_scale"]), (True, predictor_lr_scale)):
+            params = [parameter for parameter in group["params"] if (id(parameter) in reducing) == mine]
+            if params:
+                rate = {"lr": learning_rate * scale, "weight_decay": group["weight_decay"]}
+                groups.append({"params": params, **rate})
+    return groups
 
 
 def warmup_cosine(warmup: int, total: int) -> Callable[[int], float]:
@@ -39,6 +78,27 @@ def warmup_cosine(warmup: int, total: int) -> Callable[[int], float]:
         return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
     return factor
+
+
+def optimizer_and_schedule(task: lightning.LightningModule, groups: list[dict[str, Any]]) -> Any:
+    """What ``configure_optimizers`` returns: one of timm's optimizers, linear warm-up, half a cosine to the run's end.
+
+    Args:
+        task: Of its hyper-parameters: ``optimizer``, ``learning_rate``, ``betas``, ``eps`` and ``warmup_steps``.
+        groups: Of parameters.
+    """
+    options = task.hparams
+    # One kernel for all tensors. Under mixed precision Lightning refuses to clip gradients before a fused step.
+    extra: dict[str, Any] = (
+        {"fused": True} if options["optimizer"] == "adamw" and task.trainer.precision == "32-true" else {}
+    )
+    if options["optimizer"] != "sgd":
+        extra |= {"betas": tuple(options["betas"]), "eps": options["eps"]}
+    optimizer = create_optimizer_v2(groups, opt=options["optimizer"], lr=options["learning_rate"], **extra)
+    total = int(task.trainer.estimated_stepping_batches)
+    warmup = min(options["warmup_steps"], total)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_cosine(warmup, total))
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
 class NonFiniteGuard:

@@ -232,7 +232,7 @@ def test_foreign_and_damaged_tars_are_refused(tmp_path):
     [
         ("absent", "absent is no folder on this machine"),
         ("empty", "holds no class folders"),
-        ("nested", r"1 of 1 folders without images, such as val"),
+        ("nested", r"holds the split val where class folders were expected: give one split, such as \S+/val\.$"),
         ("empty/{0..3}.tar", "4 of the 4 shards"),
         ("https://host/x/{0..3}.tar", r"is not a \.tar file on this machine"),
     ],

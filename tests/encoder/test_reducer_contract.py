@@ -15,11 +15,19 @@ def dynamic(**options):
     return lambda compression: DynamicPooling(D, compression=compression, **options)
 
 
+def sensitive(compression):
+    """As if fitted: tokens count for more or less in their segment's mean."""
+    reducer = DynamicPooling(D, compression=compression, router="sensitivity")
+    reducer.boundary_predictor.boundary_sensitivity.normal_(std=0.1)
+    return reducer
+
+
 REDUCERS = [
     pytest.param(dynamic(), id="dynamic"),
     pytest.param(dynamic(estimator="dtp", order="raster"), id="dynamic-dtp"),
     pytest.param(dynamic(router="cosine", order="serpentine"), id="dynamic-cosine"),
     pytest.param(dynamic(router="minimum_variance"), id="minimum-variance"),
+    pytest.param(sensitive, id="sensitivity"),
     pytest.param(dynamic(budget="fixed"), id="dynamic-fixed"),
     pytest.param(dynamic(estimator="symmetric"), id="dynamic-symmetric"),
     pytest.param(dynamic(rate="binomial", estimator="symmetric"), id="dynamic-binomial"),
@@ -32,6 +40,13 @@ REDUCERS = [
     pytest.param(lambda c: RandomBoundaries(D, compression=c, budget="fixed"), id="random-fixed"),
     pytest.param(lambda c: GridPooling(D, window=1 if c == 1 else 2), id="grid"),
 ]
+
+
+def weights_of(reducer, tokens):
+    """What each patch of one image counts for in its segment's mean: 1, unless the reducer's router says otherwise."""
+    router = getattr(reducer, "boundary_predictor", None)
+    weights = None if router is None else router.weights(tokens)
+    return torch.ones(tokens.patches.total) if weights is None else weights[PREFIX:]
 
 
 @pytest.fixture(params=REDUCERS)
@@ -100,9 +115,10 @@ def test_features_are_the_means_that_source_describes(reducer):
     tokens = dense_tokens()
     out = reducer(tokens, Evidence()).tokens
     for before, after in zip(tokens.split(), out.split(), strict=True):
-        patches = before.features[PREFIX:]
+        patches, weights = before.features[PREFIX:], weights_of(reducer, before)
         for index in range(len(after.size) - after.num_prefix):
-            mean = patches[after.source == index].mean(0)
+            mine = after.source == index
+            mean = (patches[mine] * weights[mine, None]).sum(0) / weights[mine].sum()
             torch.testing.assert_close(after.features[after.num_prefix + index], mean)
     assert torch.equal(out.prefix_features()[:, :PREFIX], tokens.prefix_features())
 

@@ -177,6 +177,55 @@ def test_a_checkpoint_is_open_clip_s(tmp_path):
         torch.testing.assert_close(again.state_dict()[name], value, equal_nan=True)
 
 
+class Positions:
+    """Three batches an epoch, from a loader that knows where it is."""
+
+    def __init__(self):
+        self.position, self.seen = 0, []
+
+    def __len__(self):
+        return 3
+
+    def __iter__(self):
+        while self.position < 3:
+            self.position += 1
+            self.seen.append(self.position)
+            batch = pairs.batch(4)
+            yield {**batch, "seed": batch["seed"] + self.position}
+
+    def state_dict(self):
+        return {"position": self.position}
+
+    def load_state_dict(self, state):
+        self.position = state["position"]
+
+
+class Killed(Exception):
+    pass
+
+
+class Kill(pairs.L.Callback):
+    def on_train_batch_end(self, trainer, *unused):
+        trainer.save_checkpoint(f"{trainer.default_root_dir}/killed.ckpt")
+        raise Killed
+
+
+def test_a_run_killed_within_an_epoch_goes_on_with_the_next_batch(tmp_path):
+    """Lightning makes the loader for the schedule's length, before it reads where the loader was."""
+    options = {"logger": False, "accelerator": "cpu", "enable_progress_bar": False, "max_epochs": 1}
+    options |= {"enable_checkpointing": False, "enable_model_summary": False, "default_root_dir": tmp_path}
+    whole, before, after = Positions(), Positions(), Positions()
+    expected = pairs.task()
+    pairs.L.Trainer(**options).fit(expected, whole)
+    with pytest.raises(Killed):
+        pairs.L.Trainer(**options, callbacks=[Kill()]).fit(pairs.task(), before)
+    resumed = pairs.task()
+    pairs.L.Trainer(**options).fit(resumed, after, ckpt_path=tmp_path / "killed.ckpt", weights_only=True)
+    assert (whole.seen, before.seen, after.seen) == ([1, 2, 3], [1], [2, 3])
+    for name, value in expected.state_dict().items():
+        torch.testing.assert_close(resumed.state_dict()[name], value, rtol=0, atol=0, equal_nan=True, msg=name)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -63,18 +63,33 @@ class BoundaryPooling(TokenReducer):
         wanted = (patches.to(torch.float64) / self.compression).ceil().to(torch.int64).clamp(min=1)
         return wanted, max(1, math.ceil((layout.longest - layout.num_prefix) / self.compression))
 
-    def pool(self, tokens: Tokens, starts: Tensor, order: Tensor | None, *, fixed: int | None = None) -> Tokens:
+    def pool(
+        self,
+        tokens: Tokens,
+        starts: Tensor,
+        order: Tensor | None,
+        *,
+        fixed: int | None = None,
+        weights: Tensor | None = None,
+    ) -> Tokens:
         """Average each segment.
 
         Args:
             tokens: What to pool.
             starts: Zero or one in value, in line order, one at every opening place, shape (T,).
             order: As :meth:`line` gives it.
+            weights: What a token counts for in its segment's mean, beside its patches, shape (T,).
             fixed: Segments of every image where they are equal and known on the host; else one synchronisation.
         """
         layout = tokens.layout
         pooled_layout = self._pooled_layout(starts, layout, fixed)
-        segments = Segments.of(starts, pooled_layout.total, tokens.size, layout.opening, order)
+        weight = tokens.size if weights is None else tokens.size * weights
+        segments = Segments.of(starts, pooled_layout.total, weight, layout.opening, order)
+        segment = segments.tokens()
+        # Whole numbers, hence exact; also what attention goes by, whatever a token counted for in the mean.
+        patches = segments.total
+        if weights is not None:
+            patches = tokens.size.new_zeros(pooled_layout.total).index_add_(0, segment, tokens.size)
         if torch.compiler.is_exporting():
             features = means_by_product(tokens.features, segments, layout.batch)
         else:
@@ -83,10 +98,10 @@ class BoundaryPooling(TokenReducer):
             tokens,
             features=features,
             layout=pooled_layout,
-            size=segments.total,
-            source=_follow(tokens, segments.tokens(), pooled_layout),
+            size=patches,
+            source=_follow(tokens, segment, pooled_layout),
             grid=None,
-            key_bias=segments.total.log() if self.proportional else None,
+            key_bias=patches.log() if self.proportional else None,
         )
 
     @staticmethod

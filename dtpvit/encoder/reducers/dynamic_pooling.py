@@ -44,8 +44,9 @@ class DynamicPooling(BoundaryPooling):
     Args:
         dim: Width D of the tokens.
         compression: Tokens in for each token out.
-        router: What scores the places: ``"mlp"``, ``"cosine"`` or ``"minimum_variance"``
-            (:mod:`dtpvit.encoder.reducers.routers`); the last is exact, has nothing to train and a fixed budget.
+        router: What scores the places: ``"mlp"``, ``"cosine"``, ``"minimum_variance"`` or ``"sensitivity"``
+            (:mod:`dtpvit.encoder.reducers.routers`); the last two are exact and have a fixed budget, the third has
+            nothing to train and the fourth is fitted in closed form.
         estimator: How the task teaches the predictor: ``"regression"`` of the symmetric votes
             (:mod:`dtpvit.encoder.ops.regression`), or straight through ``"symmetric"`` votes or ``"dtp"``'s
             averaging weights (:mod:`dtpvit.encoder.ops.segments`).
@@ -73,7 +74,7 @@ class DynamicPooling(BoundaryPooling):
         dim: int,
         *,
         compression: float,
-        router: Literal["mlp", "cosine", "minimum_variance"] = "mlp",
+        router: Literal["mlp", "cosine", "minimum_variance", "sensitivity"] = "mlp",
         estimator: Literal["regression", "symmetric", "dtp"] = "regression",
         rate: Literal["quantile", "binomial", "ratio", "band"] = "quantile",
         rate_weight: float = 1.0,
@@ -126,7 +127,9 @@ class DynamicPooling(BoundaryPooling):
         layout = tokens.layout
         with torch.autocast(tokens.features.device.type, enabled=False):
             wanted, most = self.segments_wanted(layout)
-            logits = self.boundary_predictor(tokens, order, wanted, most)
+            weights = self.boundary_predictor.weights(tokens)
+            weighted = tokens if weights is None else replace(tokens, size=tokens.size * weights)
+            logits = self.boundary_predictor(weighted, order, wanted, most)
             scores = self._add_noise(logits, tokens)
             if self.boundary_baseline is not None and scores.requires_grad:
                 scores = self.boundary_baseline(scores, ~layout.opening)
@@ -139,7 +142,7 @@ class DynamicPooling(BoundaryPooling):
                 starts = straight_through(hard, scores - cut, self.temperature)
             starts = torch.where(layout.opening, torch.ones_like(starts), starts)
         fixed = most if self.fixed and layout.uniform else None
-        pooled = self.pool(tokens, starts, order, fixed=fixed)
+        pooled = self.pool(tokens, starts, order, fixed=fixed, weights=weights)
         if self.boundary_null is not None:
             pooled = _put_in_front(pooled, self.boundary_null)
         return Reduction(pooled, self._losses(starts, scores, layout), joint)

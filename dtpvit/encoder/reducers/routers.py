@@ -9,7 +9,16 @@ from dtpvit.encoder.ops.min_variance import minimum_variance_starts
 from dtpvit.encoder.reducers.precision import FullPrecision
 from dtpvit.encoder.tokens import Tokens
 
-__all__ = ["ROUTERS", "CosineRouter", "MinimumVarianceRouter", "MlpRouter", "Router"]
+__all__ = [
+    "ROUTERS",
+    "CosineRouter",
+    "MinimumVarianceRouter",
+    "MlpRouter",
+    "Router",
+    "SensitivityRouter",
+    "centred",
+    "sensitivity_inputs",
+]
 
 
 class Router(FullPrecision):
@@ -27,6 +36,10 @@ class Router(FullPrecision):
     def forward(self, tokens: Tokens, order: Tensor | None, segments: Tensor, most: int) -> Tensor:
         """Logits of shape (T,), in line order; ``segments`` wanted of each image, shape (B,), ``most`` of any."""
         raise NotImplementedError
+
+    def weights(self, tokens: Tokens) -> Tensor | None:
+        """What a token counts for in its segment's mean, beside its patches, float32, shape (T,); None for 1 each."""
+        return None
 
     def macs(self, tokens: Tensor, dim: int, compression: float) -> Tensor:
         """Multiply-accumulates for each image of ``tokens`` tokens, float64, shape (B,)."""
@@ -125,8 +138,56 @@ class MinimumVarianceRouter(Router):
         return tokens**2 * dim + tokens**3 / compression
 
 
+class SensitivityRouter(MinimumVarianceRouter):
+    """Minimum variance where every token counts by how much the encoder's output depends on it, not all alike.
+
+    What pooling costs is the second-order change of the output, which grows with the squared gradient at a token times
+    its distance to the segment's mean. So tokens that the output hangs on get short segments, and more say in the mean.
+    How much hangs on a token is predicted, from the token and the class token, by a linear function that
+    :func:`dtpvit.tasks.sensitivity.fit_sensitivity` finds in closed form on unlabelled images. Until then all tokens
+    count the same, and the segments are those of :class:`MinimumVarianceRouter`.
+    """
+
+    POWER = 0.5  # of the squared gradient: at 1 single tokens outweigh the rest (on DeiT-Tiny worse than none)
+    LIMIT = 6.0  # natural logarithms within which a prediction is trusted
+
+    boundary_sensitivity: Tensor
+
+    def __init__(self, dim: int, *, initial_rate: float | None) -> None:
+        super().__init__(dim, initial_rate=initial_rate)
+        self.register_buffer("boundary_sensitivity", torch.zeros(2, dim))
+
+    @torch.no_grad()
+    def weights(self, tokens: Tokens) -> Tensor:
+        predicted = (sensitivity_inputs(tokens) * self.boundary_sensitivity).sum((1, 2))
+        predicted = centred(predicted, tokens).clamp(-self.LIMIT, self.LIMIT)
+        return (self.POWER * predicted).exp()
+
+    def macs(self, tokens: Tensor, dim: int, compression: float) -> Tensor:
+        return super().macs(tokens, dim, compression) + 2 * tokens * dim
+
+
+def sensitivity_inputs(tokens: Tokens) -> Tensor:
+    """The normed token, and its product with the image's normed first prefix token, float32, shape (T, 2, D)."""
+    normed = nn.functional.layer_norm(tokens.features.float(), tokens.features.shape[1:])
+    if not tokens.num_prefix:
+        return torch.stack((normed, torch.zeros_like(normed)), dim=1)
+    asks = normed.index_select(0, tokens.layout.first)[tokens.layout.image]
+    return torch.stack((normed, normed * asks), dim=1)
+
+
+def centred(values: Tensor, tokens: Tokens) -> Tensor:
+    """Values against the mean over their image's patch tokens, 0 at prefix tokens; shape (T,)."""
+    layout = tokens.layout
+    values = values.masked_fill(layout.prefix, 0.0)
+    count = (layout.lengths - layout.num_prefix).clamp(min=1).to(values.dtype)
+    mean = torch.zeros_like(count).index_add_(0, layout.image, values) / count
+    return (values - mean[layout.image]).masked_fill(layout.prefix, 0.0)
+
+
 ROUTERS: dict[str, type[Router]] = {
     "mlp": MlpRouter,
     "cosine": CosineRouter,
     "minimum_variance": MinimumVarianceRouter,
+    "sensitivity": SensitivityRouter,
 }

@@ -1,0 +1,78 @@
+"""Which parts of a classifier learn, which stand still, and how the pooling rate approaches its target."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+from torch import nn
+
+from dtpvit.encoder.reducers import GridPooling
+from dtpvit.encoder.reducers.boundary_pooling import BoundaryPooling
+from dtpvit.errors import UserError
+from dtpvit.interop.timm_models import TimmVisionEncoder
+
+__all__ = ["CompressionWarmup", "Mode", "freeze", "set_training"]
+
+Mode = Literal["linear_probe", "frozen", "finetune"]
+
+
+def freeze(model: TimmVisionEncoder, mode: Mode) -> None:
+    """Let only those parameters require a gradient that ``mode`` trains.
+
+    ``linear_probe``: the head. ``frozen``: the head and the reducers, such as boundary predictors. ``finetune``: all.
+
+    Raises:
+        UserError: If the mode is none of these.
+    """
+    if mode not in get_args(Mode):
+        raise UserError(f"mode is {mode!r}; expected one of {', '.join(get_args(Mode))}")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(mode == "finetune" or name.startswith(_learning_parts(mode)))
+
+
+def set_training(model: TimmVisionEncoder, mode: Mode) -> None:
+    """Training mode for what learns, evaluation mode, without stochastic depth, for what stands still."""
+    model.train(mode == "finetune")
+    if mode == "frozen":
+        model.reducers.train()
+        # Of the encoder's own flag, not its blocks': it says whether reducers are given seeds to draw from.
+        model.training = True
+    model.head.train()
+
+
+def _learning_parts(mode: Mode) -> tuple[str, ...]:
+    return ("head.",) if mode == "linear_probe" else ("head.", "reducers.")
+
+
+class CompressionWarmup:
+    """Moves the compression of every reducer linearly from 1 to its target.
+
+    A function of the step alone, so that a resumed run is where it would have been. Reducers whose rate is their
+    window's (:class:`dtpvit.encoder.reducers.GridPooling`) have none to move.
+
+    Args:
+        model: The encoder; its reducers' compression of now is the target.
+        steps: Optimizer steps until the target; 0 leaves everything as it is.
+
+    Raises:
+        UserError: If there is nothing to move, or a number of steps below 0.
+    """
+
+    def __init__(self, model: nn.Module, steps: int) -> None:
+        if steps < 0:
+            raise UserError(f"compression_warmup is {steps}; expected a number of steps, at least 0")
+        self.steps = steps
+        self._targets: list[tuple[BoundaryPooling, float]] = [
+            (module, module.compression)
+            for module in model.modules()
+            if isinstance(module, BoundaryPooling) and not isinstance(module, GridPooling)
+        ]
+        if steps and not self._targets:
+            raise UserError(f"compression_warmup is {steps}, and no reducer has a compression; leave it at 0")
+
+    def set(self, step: int) -> None:
+        """Choose the compression of optimizer step ``step``, counted from 0."""
+        if not self.steps:
+            return
+        for reducer, target in self._targets:
+            reducer.compression = 1 + (target - 1) * min(1.0, step / self.steps)

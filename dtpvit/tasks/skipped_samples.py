@@ -1,0 +1,27 @@
+"""Telling, at the end of an epoch, which samples the loader could not use."""
+
+from __future__ import annotations
+
+import logging
+
+import lightning
+
+from dtpvit.datamodules.samples import CAUSES
+from dtpvit.encoder.ops.collectives import add_up
+
+__all__ = ["report_skipped"]
+
+logger = logging.getLogger(__name__)
+
+
+def report_skipped(task: lightning.LightningModule) -> None:
+    """Log the samples that could not be used, by cause, over all ranks, which call this together."""
+    mine = getattr(task.trainer.train_dataloader, "skipped", {})
+    mine = mine if isinstance(mine, dict) else {}
+    counts = add_up(*(mine.get(cause, 0) for cause in CAUSES), device=task.device)
+    skipped = {cause: count for cause, count in zip(CAUSES, counts, strict=True) if count}
+    for cause, count in skipped.items():
+        task.log(f"data/skipped/{cause.replace(' ', '_')}", float(count))
+    if skipped and task.trainer.is_global_zero:
+        causes = ", ".join(f"{count} {cause}" for cause, count in skipped.items())
+        logger.warning("epoch %d: skipped %s", task.current_epoch + 1, causes)
