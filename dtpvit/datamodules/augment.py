@@ -1,17 +1,14 @@
 """timm's training augmentation of single images, every choice of it a function of one seed."""
 
-import random
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
-import torch
 from PIL import Image
 from timm.data.auto_augment import AugmentOp, posterize
 from timm.data.transforms_factory import transforms_imagenet_train
 from torch import Tensor
 
+from dtpvit.datamodules.seeding import seeded
 from dtpvit.datamodules.transforms import INTERPOLATIONS, height_width
 from dtpvit.errors import UserError
 
@@ -83,7 +80,7 @@ class Augmentation:
 
     def __call__(self, image: Image.Image, seed: int) -> Tensor:
         """``image`` is RGB. The global random generators are left as they were."""
-        with _seeded(seed):
+        with seeded(seed):
             return self._transform(image).contiguous()  # type: ignore[union-attr]
 
 
@@ -101,24 +98,6 @@ def _operations(transform: Any) -> Iterator[AugmentOp]:
 def _posterize(image: Image.Image, bits: int, **unused: Any) -> Image.Image:
     """timm's, but at full strength no bit is left, and Pillow, which then used to give black, raises since 13."""
     return Image.new(image.mode, image.size) if bits < 1 else posterize(image, bits)
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """All three generators that timm and torchvision draw from, seeded for a while.
-
-    torch's is seeded by itself: ``torch.manual_seed`` would reset the accelerator's generators with it.
-    """
-    before = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.default_generator.manual_seed(seed)
-    try:
-        yield
-    finally:
-        random.setstate(before[0])
-        np.random.set_state(before[1])
-        torch.default_generator.set_state(before[2])
 
 
 def _check(

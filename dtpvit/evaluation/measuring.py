@@ -36,9 +36,6 @@ class Quartiles:
         low, median, high = statistics.quantiles(values, n=4, method="inclusive")
         return cls(low, median, high)
 
-    def __truediv__(self, other: float) -> Quartiles:
-        return Quartiles(self.low / other, self.median / other, self.high / other)
-
 
 def alternate(
     steps: Mapping[str, Step],

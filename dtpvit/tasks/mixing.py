@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 from hashlib import blake2b
 from typing import Literal, TypedDict
 
-import numpy as np
-import torch
 from timm.data.mixup import Mixup
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
+from dtpvit.datamodules.seeding import seeded
 from dtpvit.errors import UserError
 
 __all__ = ["Mixing", "MixingOptions", "seed_of_batch"]
@@ -103,7 +99,7 @@ class Mixing:
         """
         if not self.active:
             return images, labels
-        with _seeded(seed, images.device):
+        with seeded(seed, images.device):
             if self.mixup is not None:
                 if len(images) % 2:
                     raise UserError(f"mixup and cutmix pair images up, and a batch has {len(images)}; give an even one")
@@ -112,18 +108,3 @@ class Mixing:
                 # As timm's own loader: erased last, so that no rectangle is mixed into another image.
                 images = RandomErasing(self.erasing, mode="pixel", device=str(images.device))(images)
         return images, labels
-
-
-@contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """All generators that timm draws from, seeded inside and as they were afterwards."""
-    python, numpy = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            random.seed(seed)
-            np.random.seed(seed)
-            torch.manual_seed(seed)
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)

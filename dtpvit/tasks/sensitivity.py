@@ -58,8 +58,7 @@ def fit_sensitivity(
         for batch in images:
             tokens, squared = sensitivity(encoder, batch, block, head=head, classes=classes, generator=generator)
             target = centred(squared.clamp(min=torch.finfo(squared.dtype).tiny).log(), tokens).double()
-            inputs = sensitivity_inputs(tokens).flatten(1).masked_fill(tokens.layout.prefix[:, None], 0.0).double()
-            inputs = torch.stack([centred(column, tokens) for column in inputs.unbind(1)], dim=1)
+            inputs = centred(sensitivity_inputs(tokens).flatten(1).double(), tokens)
             normal = normal + inputs.T @ inputs
             moment = moment + inputs.T @ target
             spread = spread + target.square().sum()

@@ -177,12 +177,14 @@ def sensitivity_inputs(tokens: Tokens) -> Tensor:
 
 
 def centred(values: Tensor, tokens: Tokens) -> Tensor:
-    """Values against the mean over their image's patch tokens, 0 at prefix tokens; shape (T,)."""
+    """Values against the mean over their image's patch tokens, 0 at prefix tokens; shape (T,) or (T, K)."""
     layout = tokens.layout
-    values = values.masked_fill(layout.prefix, 0.0)
+    prefix = layout.prefix.view(-1, *[1] * (values.ndim - 1))
+    values = values.masked_fill(prefix, 0.0)
     count = (layout.lengths - layout.num_prefix).clamp(min=1).to(values.dtype)
-    mean = torch.zeros_like(count).index_add_(0, layout.image, values) / count
-    return (values - mean[layout.image]).masked_fill(layout.prefix, 0.0)
+    total = values.new_zeros(layout.batch, *values.shape[1:]).index_add_(0, layout.image, values)
+    mean = total / count.view(-1, *[1] * (values.ndim - 1))
+    return (values - mean[layout.image]).masked_fill(prefix, 0.0)
 
 
 ROUTERS: dict[str, type[Router]] = {
