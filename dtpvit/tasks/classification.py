@@ -7,28 +7,25 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-import lightning
 import torch
 from timm.loss.binary_cross_entropy import BinaryCrossEntropy
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from dtpvit.encoder import Encoding
+from dtpvit.encoder import Encoding, VisionEncoder
 from dtpvit.encoder.ops.noise import draw_seeds
 from dtpvit.errors import UserError
 from dtpvit.evaluation.cost import image_macs
 from dtpvit.interop.dense_weights import load_dense
 from dtpvit.interop.image_models import image_model, pixel_statistics, vision_config
-from dtpvit.tasks.checkpoint_names import use_model_names
 from dtpvit.tasks.classification_options import check_labels, check_options, with_options
 from dtpvit.tasks.classification_validation import ClassificationValidation
 from dtpvit.tasks.distillation import Teacher, TeacherOptions
 from dtpvit.tasks.feature_cache import EncodedImages, FeatureCache
+from dtpvit.tasks.image_task import ImageTask
 from dtpvit.tasks.learning_modes import CompressionWarmup, Mode, freeze, set_training
 from dtpvit.tasks.mixing import Mixing, MixingOptions, seed_of_batch
-from dtpvit.tasks.optimization import NonFiniteGuard, layer_groups, optimizer_and_schedule
-from dtpvit.tasks.resuming import continue_data
-from dtpvit.tasks.skipped_samples import report_skipped
+from dtpvit.tasks.optimization import layer_groups, optimizer_and_schedule
 from dtpvit.tasks.token_count import TokenCount
 
 __all__ = ["Classification"]
@@ -37,7 +34,7 @@ logger = logging.getLogger(__name__)
 Batch = Mapping[str, Any]
 
 
-class Classification(lightning.LightningModule):
+class Classification(ImageTask):
     """Trains a classifier on labelled images; validates by accuracy, tokens and multiply-accumulates an image.
 
     Batches are ``{"image": uint8 (B, 3, H, W), "label": int64 (B,), "seed": int64 (B,)}``; without ``seed`` the noise
@@ -74,9 +71,6 @@ class Classification(lightning.LightningModule):
         UserError: If the model does not build or an argument does not fit.
     """
 
-    pixel_mean: Tensor
-    pixel_std: Tensor
-
     def __init__(
         self,
         model: str | dict[str, Any],
@@ -110,8 +104,7 @@ class Classification(lightning.LightningModule):
         self.model.set_grad_checkpointing(grad_checkpointing)
         freeze(self.model, mode)
         default_mean, default_std = pixel_statistics(vision_config(model))
-        self.register_buffer("pixel_mean", _per_channel(mean or default_mean), persistent=False)
-        self.register_buffer("pixel_std", _per_channel(std or default_std), persistent=False)
+        self.prepare(mean or default_mean, std or default_std, max_nonfinite)
         self.mixing = with_options(Mixing, mixing, num_classes, smoothing=label_smoothing)
         check_options(self.hparams)
         self.compression = CompressionWarmup(self.model, compression_warmup)
@@ -120,22 +113,13 @@ class Classification(lightning.LightningModule):
         if binary_cross_entropy:
             self.loss = BinaryCrossEntropy(smoothing=smoothing)
         self.validation = ClassificationValidation(num_classes)
-        self.guard = NonFiniteGuard(max_nonfinite)
-        self._last_loss = torch.zeros(())
         self._teacher: Teacher | None = None
         self._cache: FeatureCache | None = None
         self._epochs_seen = 0
-        use_model_names(self)
 
     @property
-    def image_size(self) -> tuple[int, int]:
-        """Height and width in pixels that the model was made for."""
-        height, width = self.model.image_size
-        return height, width
-
-    def normalise(self, images: Tensor) -> Tensor:
-        """uint8 images, shape (B, 3, H, W), to what the model takes."""
-        return (images.to(self.pixel_mean) - self.pixel_mean) / self.pixel_std
+    def trunk(self) -> VisionEncoder:
+        return self.model
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits, shape (B, num_classes), of normalised images, shape (B, 3, H, W)."""
@@ -169,7 +153,7 @@ class Classification(lightning.LightningModule):
 
     def on_train_start(self) -> None:
         self.train()  # Lightning leaves every part in the mode it was constructed in
-        continue_data(self.trainer)
+        super().on_train_start()
 
     def on_fit_end(self) -> None:
         self._cache = self._teacher = None
@@ -202,7 +186,8 @@ class Classification(lightning.LightningModule):
             for name, value in parts.items():
                 self.log(f"train/{name}", value.detach(), batch_size=len(images))
         loss = torch.stack([loss, *encoding.losses.values()]).sum()
-        self._log_training(loss, encoding)
+        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(images))
+        self.log_reduction(encoding)
         return {"loss": loss, "token_count": TokenCount.of(encoding)}
 
     def _probing_step(self, batch: Batch) -> dict[str, Any]:
@@ -235,28 +220,8 @@ class Classification(lightning.LightningModule):
         with torch.autocast(self.device.type, enabled=False):
             return self.loss(logits.float(), target)
 
-    def _log_training(self, loss: Tensor, encoding: Encoding) -> None:
-        size = encoding.tokens.layout.batch
-        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=size)
-        self.log("train/tokens", encoding.tokens.layout.total / size, prog_bar=True, batch_size=size)
-        for block, compression in encoding.compression.items():
-            self.log(f"train/boundary_rate/block{block}", 1 / compression, batch_size=size)
-        for name, value in encoding.losses.items():
-            self.log(f"train/{name}", value.detach(), batch_size=size)
-
-    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        self._last_loss = loss.detach()
-        super().backward(loss, *args, **kwargs)
-
-    def on_after_backward(self) -> None:
-        if self.mode != "linear_probe":
-            self.model.after_backward()
-        self.guard.after_backward(self._last_loss, self.parameters(), scaled=self.trainer.precision == "16-mixed")
-        if self.guard.skipped:
-            self.log("train/skipped_steps", float(self.guard.skipped))
-
     def on_train_epoch_end(self) -> None:
-        report_skipped(self)
+        super().on_train_epoch_end()
         if self._cache is not None:
             self._cache.end_epoch(first=self._epochs_seen == 0)
             self._epochs_seen += 1
@@ -294,7 +259,3 @@ class Classification(lightning.LightningModule):
         options = self.hparams
         rates = {name: options[name] for name in ("learning_rate", "weight_decay", "layer_decay", "predictor_lr_scale")}
         return optimizer_and_schedule(self, layer_groups(self.model, **rates))
-
-
-def _per_channel(values: tuple[float, ...]) -> Tensor:
-    return 255 * torch.tensor(values).view(1, 3, 1, 1)

@@ -7,14 +7,13 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import lightning
 import torch
 from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD, ClipLoss
 from open_clip.loss import SigLipLoss
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from dtpvit.encoder import Encoding
+from dtpvit.encoder import Encoding, VisionEncoder
 from dtpvit.encoder.ops.noise import draw_seeds
 from dtpvit.errors import UserError
 from dtpvit.interop.create import build_clip
@@ -22,11 +21,9 @@ from dtpvit.interop.dense_weights import load_dense
 from dtpvit.interop.loading import Tokenize
 from dtpvit.interop.model_config import model_config
 from dtpvit.tasks.accumulation import Batch, CachedStep, Features, average_gradients, joint_thresholds
-from dtpvit.tasks.checkpoint_names import use_model_names
 from dtpvit.tasks.contrastive_validation import ContrastiveValidation
-from dtpvit.tasks.optimization import NonFiniteGuard, decay_groups, optimizer_and_schedule
-from dtpvit.tasks.resuming import continue_data
-from dtpvit.tasks.skipped_samples import report_skipped
+from dtpvit.tasks.image_task import ImageTask
+from dtpvit.tasks.optimization import decay_groups, optimizer_and_schedule
 from dtpvit.tasks.token_count import TokenCount
 
 __all__ = ["Contrastive"]
@@ -34,7 +31,7 @@ __all__ = ["Contrastive"]
 logger = logging.getLogger(__name__)
 
 
-class Contrastive(lightning.LightningModule):
+class Contrastive(ImageTask):
     """Trains a dual encoder on image-text pairs; validates by zero-shot classification and retrieval.
 
     The loss is open_clip's: softmax over the batch (Radford et al. 2021), or, for models with a logit bias, sigmoid
@@ -59,9 +56,6 @@ class Contrastive(lightning.LightningModule):
     Raises:
         UserError: If the model does not build or an argument does not fit.
     """
-
-    pixel_mean: Tensor
-    pixel_std: Tensor
 
     def __init__(
         self,
@@ -89,24 +83,13 @@ class Contrastive(lightning.LightningModule):
         self.model = build_clip(self.config)
         self.model.set_grad_checkpointing(grad_checkpointing)
         self.tokenize = Tokenize(self.model.context_length)
-        self.register_buffer("pixel_mean", _per_channel(OPENAI_DATASET_MEAN), persistent=False)
-        self.register_buffer("pixel_std", _per_channel(OPENAI_DATASET_STD), persistent=False)
+        self.prepare(OPENAI_DATASET_MEAN, OPENAI_DATASET_STD, max_nonfinite)
         self.validation = ContrastiveValidation()
-        self.guard = NonFiniteGuard(max_nonfinite)
         self._cached: CachedStep | None = None
-        self._last_loss = torch.zeros(())
-        # A checkpoint has open_clip's own names, so that open_clip loads it unchanged.
-        use_model_names(self)
 
     @property
-    def image_size(self) -> tuple[int, int]:
-        """Height and width in pixels that the model was made for."""
-        height, width = self.model.visual.trunk.image_size
-        return height, width
-
-    def normalise(self, images: Tensor) -> Tensor:
-        """uint8 images, shape (B, 3, H, W), to what the model takes."""
-        return (images.to(self.pixel_mean) - self.pixel_mean) / self.pixel_std
+    def trunk(self) -> VisionEncoder:
+        return self.model.visual.trunk
 
     def setup(self, stage: str) -> None:
         if stage != "fit":
@@ -132,9 +115,6 @@ class Contrastive(lightning.LightningModule):
         if self.hparams["accum_freq"] > 1 and self._distributed:
             # The second pass runs outside DDP's forward, so its gradients are averaged here, once.
             self.trainer.strategy.model.require_backward_grad_sync = False  # pyright: ignore
-
-    def on_train_start(self) -> None:
-        continue_data(self.trainer)
 
     @property
     def _distributed(self) -> bool:
@@ -188,7 +168,6 @@ class Contrastive(lightning.LightningModule):
         return Features(self._cached.image, self._cached.text, penalty, self._cached.count)
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        self._last_loss = loss.detach()
         super().backward(loss, *args, **kwargs)
         if self._cached is not None:
             self._cached.backward(self.trainer.precision_plugin.forward_context)
@@ -196,29 +175,15 @@ class Contrastive(lightning.LightningModule):
             if self._distributed:
                 average_gradients(self)
 
-    def on_after_backward(self) -> None:
-        self.model.visual.trunk.after_backward()
-        self.guard.after_backward(self._last_loss, self.parameters(), scaled=self.trainer.precision == "16-mixed")
-        if self.guard.skipped:
-            self.log("train/skipped_steps", float(self.guard.skipped))
-
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         with torch.no_grad():
             self.model.logit_scale.clamp_(0.0, math.log(100))
-
-    def on_train_epoch_end(self) -> None:
-        report_skipped(self)
 
     def _log_encoding(self, encoding: Encoding) -> None:
         second_pass = self._cached is not None
         if not self.training or self._trainer is None or second_pass:
             return
-        size = encoding.layouts[0].batch
-        self.log("train/tokens", encoding.tokens.layout.total / size, prog_bar=True, batch_size=size)
-        for block, compression in encoding.compression.items():
-            self.log(f"train/boundary_rate/block{block}", 1 / compression, batch_size=size)
-        for name, loss in encoding.losses.items():
-            self.log(f"train/{name}", loss.detach(), batch_size=size)
+        self.log_reduction(encoding)
 
     def on_validation_epoch_start(self) -> None:
         self.validation.start(self)
@@ -246,7 +211,3 @@ class Contrastive(lightning.LightningModule):
     def configure_optimizers(self) -> Any:
         groups = decay_groups(self.named_parameters(), self.hparams["weight_decay"])
         return optimizer_and_schedule(self, groups)
-
-
-def _per_channel(values: tuple[float, ...]) -> Tensor:
-    return 255 * torch.tensor(values).view(1, 3, 1, 1)

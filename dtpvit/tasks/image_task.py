@@ -1,0 +1,79 @@
+"""What all tasks on images share: pixels, the guard around a step, what the reducers did, names in checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import lightning
+import torch
+from torch import Tensor
+
+from dtpvit.encoder import Encoding, VisionEncoder
+from dtpvit.tasks.checkpoint_names import use_model_names
+from dtpvit.tasks.optimization import NonFiniteGuard
+from dtpvit.tasks.resuming import continue_data
+from dtpvit.tasks.skipped_samples import report_skipped
+
+__all__ = ["ImageTask"]
+
+
+class ImageTask(lightning.LightningModule):
+    """Base of the tasks. Checkpoints have the names of ``model`` alone, so that open_clip or timm loads them as is."""
+
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
+    def prepare(self, mean: Sequence[float], std: Sequence[float], max_nonfinite: int) -> None:
+        """To be called by the constructor.
+
+        Args:
+            mean: Channel means on [0, 1].
+            std: Channel standard deviations, likewise.
+            max_nonfinite: Steps with a NaN or infinite loss, in a row, after which the run stops.
+        """
+        for name, values in (("pixel_mean", mean), ("pixel_std", std)):
+            self.register_buffer(name, 255 * torch.tensor(values).view(1, 3, 1, 1), persistent=False)
+        self.guard = NonFiniteGuard(max_nonfinite)
+        self._last_loss = torch.zeros(())
+        use_model_names(self)
+
+    @property
+    def trunk(self) -> VisionEncoder:
+        """The encoder inside the model."""
+        raise NotImplementedError
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width in pixels that the model was made for."""
+        height, width = self.trunk.image_size
+        return height, width
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """uint8 images, shape (B, 3, H, W), to what the model takes."""
+        return (images.to(self.pixel_mean) - self.pixel_mean) / self.pixel_std
+
+    def log_reduction(self, encoding: Encoding) -> None:
+        """Log tokens an image, boundary rates and the reducers' losses of a training batch."""
+        size = encoding.layouts[0].batch
+        self.log("train/tokens", encoding.tokens.layout.total / size, prog_bar=True, batch_size=size)
+        for block, compression in encoding.compression.items():
+            self.log(f"train/boundary_rate/block{block}", 1 / compression, batch_size=size)
+        for name, loss in encoding.losses.items():
+            self.log(f"train/{name}", loss.detach(), batch_size=size)
+
+    def on_train_start(self) -> None:
+        continue_data(self.trainer)
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        self._last_loss = loss.detach()
+        super().backward(loss, *args, **kwargs)
+
+    def on_after_backward(self) -> None:
+        self.trunk.after_backward()
+        self.guard.after_backward(self._last_loss, self.parameters(), scaled=self.trainer.precision == "16-mixed")
+        if self.guard.skipped:
+            self.log("train/skipped_steps", float(self.guard.skipped))
+
+    def on_train_epoch_end(self) -> None:
+        report_skipped(self)
