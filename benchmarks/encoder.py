@@ -13,7 +13,7 @@ from jsonargparse import auto_cli
 
 from benchmarks.padded import PaddedTower
 from benchmarks.record import heading, pages, table
-from dtpvit.encoder import Layout, VisualTower
+from dtpvit.encoder import BlockLayouts, Layout, VisualTower
 from dtpvit.evaluation.arguments import chosen_device
 from dtpvit.evaluation.classifier import Precision, autocast
 from dtpvit.evaluation.comparison import Measured, measure_cost
@@ -142,10 +142,14 @@ def _packing(batches: list[int], source: str | None, rounds: int, device: torch.
     return table(["batch", "padded, s", "packed, s", "times faster", "MACs, padded / packed"], rows)
 
 
-def _macs(tower: Tower, layouts: tuple[Layout, ...], pad: bool) -> float:
+def _macs(tower: Tower, layouts: tuple[BlockLayouts, ...], pad: bool) -> float:
     """Mean MACs of an image, each block counted at its longest image if padded."""
-    seen = [Layout.uniform_of(one.batch, one.longest, one.num_prefix, one.lengths.device) for one in layouts]
+    seen = [BlockLayouts(_filled(block.attention), _filled(block.mlp)) for block in layouts]
     return tower.macs(tuple(seen) if pad else layouts)
+
+
+def _filled(layout: Layout) -> Layout:
+    return Layout.uniform_of(layout.batch, layout.longest, layout.num_prefix, layout.lengths.device)
 
 
 if __name__ == "__main__":

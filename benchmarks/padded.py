@@ -21,7 +21,7 @@ class PaddedTower(nn.Module):
     """A tower of ours, its weights shared, on padded batches behind the first reducer.
 
     Args:
-        tower: With one reducer.
+        tower: With one reducer, which acts before its block.
     """
 
     def __init__(self, tower: VisualTower) -> None:
@@ -35,9 +35,7 @@ class PaddedTower(nn.Module):
         tokens = trunk.embed(images)
         for index in range(before):
             tokens = trunk.blocks[index](tokens)
-        reduction = trunk._reduce(before, tokens)
-        assert reduction is not None
-        x, mask = _pad(reduction.tokens)
+        x, mask = _pad(trunk.enter_block(before, tokens).tokens)
         for block in trunk.blocks[before:]:
             assert isinstance(block, Block)
             x = _block(block, x, mask)

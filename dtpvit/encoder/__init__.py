@@ -1,10 +1,20 @@
 """The encoder package that every task shares; it needs torch and nothing else."""
 
 from dtpvit.encoder.dual import DualEncoder, VisualTower
-from dtpvit.encoder.layout import Layout
+from dtpvit.encoder.layout import BlockLayouts, Layout
 from dtpvit.encoder.presets import preset
 from dtpvit.encoder.text import TextTower
 from dtpvit.encoder.tokens import Tokens
 from dtpvit.encoder.vision import Encoding, VisionEncoder
 
-__all__ = ["DualEncoder", "Encoding", "Layout", "TextTower", "Tokens", "VisionEncoder", "VisualTower", "preset"]
+__all__ = [
+    "BlockLayouts",
+    "DualEncoder",
+    "Encoding",
+    "Layout",
+    "TextTower",
+    "Tokens",
+    "VisionEncoder",
+    "VisualTower",
+    "preset",
+]

@@ -8,8 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from dtpvit.encoder.evidence import Evidence, Need
 from dtpvit.encoder.layout import Layout
-from dtpvit.encoder.ops.attention import packed_attention
+from dtpvit.encoder.ops.attention import class_attention, packed_attention
 from dtpvit.encoder.tokens import Tokens
 
 __all__ = [
@@ -72,7 +73,7 @@ class DropPath(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention within each image of a packed batch: (T, D) to (T, D)."""
+    """Multi-head self-attention within each image of a packed batch: (T, D) to (T, D), and the evidence asked for."""
 
     def __init__(self, dim: int, *, num_heads: int) -> None:
         super().__init__()
@@ -82,9 +83,15 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, layout: Layout, key_bias: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, layout: Layout, key_bias: Tensor | None = None, needs: frozenset[Need] = frozenset()
+    ) -> tuple[Tensor, Evidence]:
         qkv = self.qkv(x).unflatten(1, (3, self.num_heads, -1))
-        return self.proj(packed_attention(qkv, layout, key_bias=key_bias).flatten(1))
+        evidence = Evidence(
+            keys=qkv[:, 1].float().mean(1) if "keys" in needs else None,
+            class_attention=class_attention(qkv, layout, key_bias) if "class_attention" in needs else None,
+        )
+        return self.proj(packed_attention(qkv, layout, key_bias=key_bias).flatten(1)), evidence
 
 
 class Mlp(nn.Module):
@@ -101,7 +108,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm Transformer block on a packed batch."""
+    """Pre-norm Transformer block on a packed batch, whose two halves can be run one by one."""
 
     def __init__(
         self,
@@ -121,11 +128,18 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, tokens: Tokens) -> Tokens:
-        layout = tokens.layout
+        return self.feed_forward(self.attend(tokens)[0])
+
+    def attend(self, tokens: Tokens, needs: frozenset[Need] = frozenset()) -> tuple[Tokens, Evidence]:
+        """The attention half, residual included, and what a reducer needs to know of it."""
+        x, layout = tokens.features, tokens.layout
+        mixed, evidence = self.attn(self.norm1(x), layout, tokens.key_bias, needs)
+        return tokens.with_features(x + self.drop_path(mixed, layout)), evidence
+
+    def feed_forward(self, tokens: Tokens) -> Tokens:
+        """The MLP half, residual included."""
         x = tokens.features
-        x = x + self.drop_path(self.attn(self.norm1(x), layout, tokens.key_bias), layout)
-        x = x + self.drop_path(self.mlp(self.norm2(x)), layout)
-        return tokens.with_features(x)
+        return tokens.with_features(x + self.drop_path(self.mlp(self.norm2(x)), tokens.layout))
 
 
 def resize_position_embedding(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Layout", "LengthGroups"]
+__all__ = ["BlockLayouts", "Layout", "LengthGroups"]
 
 _SHORTEST = 0.6  # of a group, as a share of its longest: higher saves cells, lower saves calls; 0.5 to 0.85 are alike
 
@@ -152,6 +152,19 @@ class Layout:
     def groups(self) -> LengthGroups | None:
         """Images grouped by length, or None where the host does not know the lengths."""
         return None if self.host_lengths is None else LengthGroups.of(self, self.host_lengths)
+
+
+@dataclass(frozen=True)
+class BlockLayouts:
+    """What the two halves of a block saw, different where a reducer acts between them.
+
+    Attributes:
+        attention: Where the tokens lay in the attention half.
+        mlp: Where they lay in the MLP half.
+    """
+
+    attention: Layout
+    mlp: Layout
 
 
 @dataclass(frozen=True)

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from dtpvit.encoder.evidence import Evidence
 from dtpvit.encoder.layers import Block, PatchEmbed, resize_position_embedding
-from dtpvit.encoder.layout import Layout
+from dtpvit.encoder.layout import BlockLayouts, Layout
 from dtpvit.encoder.ops.exportable import means_by_product
 from dtpvit.encoder.ops.noise import advance_seed, checksum, draw_seeds
 from dtpvit.encoder.ops.segments import Segments, pool_segments
-from dtpvit.encoder.reducers.base import Evidence, Reduction, TokenReducer
+from dtpvit.encoder.reducers.base import Reduction, TokenReducer
 from dtpvit.encoder.tokens import Tokens
 
-__all__ = ["Encoding", "VisionEncoder"]
+__all__ = ["Encoding", "EnteredBlock", "VisionEncoder"]
 
 ReducerMaker = Callable[[int], TokenReducer]
 
@@ -31,19 +32,38 @@ class Encoding:
         tokens: After the final norm.
         pooled: Read-out of the final norm, before any projection, shape (B, D).
         losses: Reducers' losses, weighted, named ``block{i}/{loss}``.
-        layouts: What each block really saw, one :class:`Layout` a block, from which cost is computed.
+        layouts: What the halves of each block really saw, from which cost is computed.
         compression: Tokens in for each token out of each reducer, over this batch, by block.
     """
 
     tokens: Tokens
     pooled: Tensor
     losses: dict[str, Tensor] = field(default_factory=dict)
-    layouts: tuple[Layout, ...] = ()
+    layouts: tuple[BlockLayouts, ...] = ()
     compression: dict[int, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class EnteredBlock:
+    """A block up to and including its reducer.
+
+    Attributes:
+        tokens: What the rest of the block is given.
+        rest: The rest of the block: all of it, or its MLP half.
+        arrived: Where the tokens lay that the reducer was given.
+        layouts: What the halves of the block see.
+        reduction: What the reducer handed back, of a block that has one.
+    """
+
+    tokens: Tokens
+    rest: Callable[[Tokens], Tokens]
+    arrived: Layout
+    layouts: BlockLayouts
+    reduction: Reduction | None = None
+
+
 class VisionEncoder(nn.Module):
-    """A pre-norm Vision Transformer whose blocks may be preceded by token reducers.
+    """A pre-norm Vision Transformer with token reducers before its blocks or inside them.
 
     Without reducers it equals timm's ``vit_*`` models and, with ``pre_norm``, no ``patch_bias`` and eps 1e-5, the
     visual trunks of CLIP; parameter names are timm's.
@@ -55,8 +75,8 @@ class VisionEncoder(nn.Module):
         depth: Number of blocks.
         num_heads: Attention heads.
         mlp_ratio: Hidden width of the MLP over D.
-        reducers: For each block that a reducer precedes, the reducer or what makes it from the width. Hierarchical
-            pooling is two entries.
+        reducers: For each block with a reducer, the reducer or what makes it from the width; its ``place`` says
+            whether it acts before the block or inside it. Hierarchical pooling is two entries.
         readout: ``"class"``: the class token; ``"mean"``: mean over tokens, weighted by the patches each stands for.
         pre_norm: LayerNorm before the first block, as in CLIP.
         patch_bias: Bias of the patch projection.
@@ -66,7 +86,8 @@ class VisionEncoder(nn.Module):
         in_channels: Colour channels.
 
     Raises:
-        ValueError: If image and patch size do not fit, or a reducer is placed outside the blocks.
+        ValueError: If image and patch size do not fit, a reducer is placed outside the blocks, or one before its block
+            needs evidence from within.
     """
 
     def __init__(
@@ -106,8 +127,11 @@ class VisionEncoder(nn.Module):
         self.reducers = nn.ModuleDict()  # after the trunk's own, so that a dense model draws the same weights
         for block, reducer in sorted((reducers or {}).items()):
             if not 0 <= block < depth:
-                raise ValueError(f"a reducer is placed before block {block}; the encoder has blocks 0 to {depth - 1}")
-            self.reducers[str(block)] = reducer if isinstance(reducer, TokenReducer) else reducer(dim)
+                raise ValueError(f"a reducer is placed at block {block}; the encoder has blocks 0 to {depth - 1}")
+            made = reducer if isinstance(reducer, TokenReducer) else reducer(dim)
+            if made.place == "before" and made.needs:
+                raise ValueError(f"{type(made).__name__} acts before a block and needs {sorted(made.needs)} of it")
+            self.reducers[str(block)] = made
         self.grad_checkpointing = False
 
     def _init_weights(self) -> None:
@@ -179,30 +203,28 @@ class VisionEncoder(nn.Module):
         """
         tokens = self.embed(images, seeds)
         losses: dict[str, Tensor] = {}
-        layouts: list[Layout] = []
+        layouts: list[BlockLayouts] = []
         compression: dict[int, float] = {}
-        for index, block in enumerate(self.blocks):
-            reduction = self._reduce(index, tokens, (thresholds or {}).get(index))
-            if reduction is not None:
-                losses |= {f"block{index}/{name}": loss for name, loss in reduction.losses.items()}
-                after = reduction.tokens
-                compression[index] = _patch_tokens(tokens.layout) / max(1, _patch_tokens(after.layout))
-                tokens = after
-            layouts.append(tokens.layout)
-            tokens = self._run(block, tokens)
+        for index in range(self.depth):
+            entered = self.enter_block(index, tokens, (thresholds or {}).get(index))
+            if entered.reduction is not None:
+                losses |= {f"block{index}/{name}": loss for name, loss in entered.reduction.losses.items()}
+                compression[index] = _patch_tokens(entered.arrived) / max(1, _patch_tokens(entered.tokens.layout))
+            layouts.append(entered.layouts)
+            tokens = self._run(entered.rest, entered.tokens)
         tokens = tokens.with_features(self.norm(tokens.features))
         return Encoding(tokens, self.read_out(tokens), losses, tuple(layouts), compression)
 
     def run_block(self, index: int, tokens: Tokens) -> Tokens:
-        """One block, and before it its reducer if it has one."""
-        reduction = self._reduce(index, tokens)
-        return self._run(self.blocks[index], tokens if reduction is None else reduction.tokens)
+        """One block with its reducer, if it has one."""
+        entered = self.enter_block(index, tokens)
+        return self._run(entered.rest, entered.tokens)
 
     @torch.no_grad()
     def boundary_scores(
         self, images: Tensor, index: int, *, seeds: Tensor, thresholds: Mapping[int, Tensor]
     ) -> tuple[Tensor | None, int]:
-        """Boundary logits at the reducer before block ``index``, for a threshold over several micro-batches.
+        """Boundary logits at the reducer of block ``index``, for a threshold over several micro-batches.
 
         Args:
             images: Shape (B, C, H, W).
@@ -218,13 +240,11 @@ class VisionEncoder(nn.Module):
         for earlier in range(index + 1):
             # Any given threshold keeps the reducer from looking for one of its own.
             threshold = thresholds.get(earlier, torch.zeros((), device=images.device))
-            reduction = self._reduce(earlier, tokens, threshold)
-            if reduction is not None:
-                if earlier == index:
-                    return reduction.scores, _patch_tokens(tokens.layout)
-                tokens = reduction.tokens
-            tokens = self._run(self.blocks[earlier], tokens)
-        raise ValueError(f"no reducer precedes block {index}")
+            entered = self.enter_block(earlier, tokens, threshold)
+            if earlier == index and entered.reduction is not None:
+                return entered.reduction.scores, _patch_tokens(entered.arrived)
+            tokens = self._run(entered.rest, entered.tokens)
+        raise ValueError(f"block {index} has no reducer")
 
     def after_backward(self) -> None:
         """To be called once a training step's gradients are complete, before the optimizer's step."""
@@ -244,21 +264,37 @@ class VisionEncoder(nn.Module):
             return means_by_product(tokens.features, images, layout.batch)
         return pool_segments(tokens.features, torch.zeros_like(weight), images)
 
-    def _reduce(self, index: int, tokens: Tokens, threshold: Tensor | None = None) -> Reduction | None:
-        """What the reducer before block ``index`` makes of the tokens, with a fresh seed for the next one."""
-        key = str(index)
-        if key not in self.reducers:
-            return None
-        reduction: Reduction = self.reducers[key](tokens, Evidence(threshold=threshold))
-        if reduction.tokens.seed is None:
-            return reduction
-        reseeded = replace(reduction.tokens, seed=advance_seed(reduction.tokens.seed))
-        return replace(reduction, tokens=reseeded)
+    def enter_block(self, index: int, tokens: Tokens, threshold: Tensor | None = None) -> EnteredBlock:
+        """Block ``index`` up to and including its reducer; ``threshold`` as in :class:`Evidence`."""
+        block = self.blocks[index]
+        assert isinstance(block, Block)
+        came = tokens.layout
+        reducer = self.reducers[str(index)] if str(index) in self.reducers else None
+        if reducer is None:
+            return EnteredBlock(tokens, block, came, BlockLayouts(came, came))
+        assert isinstance(reducer, TokenReducer)
+        if reducer.place == "before":
+            reduction = _reseeded(reducer(tokens, Evidence(threshold)))
+            seen = reduction.tokens.layout
+            return EnteredBlock(reduction.tokens, block, came, BlockLayouts(seen, seen), reduction)
+        attended, evidence = self._run(block.attend, tokens, reducer.needs)
+        reduction = _reseeded(reducer(attended, replace(evidence, threshold=threshold)))
+        layouts = BlockLayouts(came, reduction.tokens.layout)
+        return EnteredBlock(reduction.tokens, block.feed_forward, came, layouts, reduction)
 
-    def _run(self, block: nn.Module, tokens: Tokens) -> Tokens:
+    def _run(self, part: Callable[..., Any], *arguments: Any) -> Any:
+        """A block or a half of one, recomputed in the backward pass if so wished."""
         if self.grad_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, tokens, use_reentrant=False)  # pyright: ignore[reportReturnType]
-        return block(tokens)
+            return checkpoint(part, *arguments, use_reentrant=False)
+        return part(*arguments)
+
+
+def _reseeded(reduction: Reduction) -> Reduction:
+    """With a fresh seed for the next reducer."""
+    tokens = reduction.tokens
+    if tokens.seed is None:
+        return reduction
+    return replace(reduction, tokens=replace(tokens, seed=advance_seed(tokens.seed)))
 
 
 def _grid(image_size: tuple[int, ...], patch_size: int) -> tuple[int, int]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dtpvit.encoder import DualEncoder, Layout
+from dtpvit.encoder import BlockLayouts, DualEncoder
 from dtpvit.encoder.reducers.calibration import BoundaryCalibration
 from dtpvit.evaluation.classifier import Precision, autocast, evaluating
 from dtpvit.evaluation.cost import counted_macs, image_cost, text_macs
@@ -58,7 +58,7 @@ class Measured:
         gmacs: Of an image in evaluation, mean over the batch.
         gmacs_by_part: The same by part of the tower; empty for a tower not of ours.
         text_gmacs: Of a caption: at the captions' mean cost where there are some, else at full context.
-        tokens: Tokens an image from each block with a reducer on, prefix included, by block.
+        tokens: Tokens an image behind each block's reducer, prefix included, by block.
         timings: By kind: ``forward``, ``training``.
     """
 
@@ -150,7 +150,7 @@ class _Run:
     def __init__(self, tower: Tower, images: Tensor, device: torch.device, precision: Precision, train: bool) -> None:
         self.tower, self.images, self.device, self.train = tower, images, device, train
         self.precision: Precision = precision
-        self.layouts: tuple[Layout, ...] = ()
+        self.layouts: tuple[BlockLayouts, ...] = ()
 
     def forward(self) -> Tensor:
         with torch.set_grad_enabled(self.train), autocast(self.device, self.precision):
@@ -193,7 +193,7 @@ def _counted(
             "projection": cost.projection,
         }
         parts = {name: float(value.mean()) / 1e9 for name, value in named.items()}
-        tokens = {int(block): Spread.of(encoding.layouts[int(block)].lengths) for block in tower.trunk.reducers}
+        tokens = {int(block): Spread.of(encoding.layouts[int(block)].mlp.lengths) for block in tower.trunk.reducers}
     return Measured(
         name=tower.name,
         parameters=_size(tower.whole),

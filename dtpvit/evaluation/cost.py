@@ -1,7 +1,8 @@
 """Multiply-accumulates from the token counts that each block really saw, never by tracing.
 
 GMACs are multiply-accumulates / 1e9; two FLOPs each. Additions, norms, activations and softmax are left out, as is
-customary. A block on n tokens of width D with MLP ratio r costs n (4 + 2 r) D^2 + 2 n^2 D.
+customary. On n tokens of width D the attention half of a block costs 4 n D^2 + 2 n^2 D, its MLP half 2 r n D^2 with
+MLP ratio r.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from dtpvit.encoder import Encoding, Layout, VisionEncoder
+from dtpvit.encoder import BlockLayouts, Encoding, VisionEncoder
 from dtpvit.encoder.layers import Block
 from dtpvit.encoder.reducers import TokenReducer
 from dtpvit.encoder.text import TextTower
@@ -27,9 +28,9 @@ class ImageCost:
 
     Attributes:
         patch_embed: Patch projection.
-        full_blocks: Transformer blocks before the first reducer.
-        reducers: Boundary predictors and the like.
-        reduced_blocks: Transformer blocks behind the first reducer.
+        full_blocks: Transformer blocks, or halves of them, before the first reducer.
+        reducers: Boundary predictors and the like, and the evidence they go by.
+        reduced_blocks: Transformer blocks, or halves of them, behind the first reducer.
         projection: Into the space shared with text, or to the classes.
     """
 
@@ -49,37 +50,53 @@ class ImageCost:
         return 3 * self.total - self.patch_embed
 
 
-def _block_macs(dim: int, hidden: int, tokens: Tensor) -> Tensor:
-    return tokens * (4 * dim * dim + 2 * dim * hidden) + 2 * tokens**2 * dim
+def _attention_macs(dim: int, tokens: Tensor) -> Tensor:
+    return 4 * tokens * dim * dim + 2 * tokens**2 * dim
 
 
-def image_cost(trunk: VisionEncoder, layouts: tuple[Layout, ...], embed_dim: int = 0) -> ImageCost:
+def _mlp_macs(dim: int, hidden: int, tokens: Tensor) -> Tensor:
+    return 2 * tokens * dim * hidden
+
+
+def _reducer_macs(reducer: TokenReducer, tokens: Tensor, dim: int, num_heads: int) -> Tensor:
+    """Of the decision, and of the evidence for it: keys are there anyway, the class token's row is one more product."""
+    evidence = tokens * dim if "class_attention" in reducer.needs else torch.zeros_like(tokens)
+    return reducer.macs(tokens, dim, num_heads) + evidence
+
+
+def image_cost(trunk: VisionEncoder, layouts: tuple[BlockLayouts, ...], embed_dim: int = 0) -> ImageCost:
     """Cost of each image of a batch.
 
     Args:
         trunk: The encoder.
-        layouts: What each block saw, from :class:`dtpvit.encoder.Encoding`.
+        layouts: What the halves of each block saw, from :class:`dtpvit.encoder.Encoding`.
         embed_dim: Outputs of the projection behind the encoder, 0 for none.
     """
-    first = layouts[0].lengths.to(torch.float64)
+    start = layouts[0].attention.lengths.to(torch.float64)
     patches = trunk.grid_size[0] * trunk.grid_size[1]
     patch = trunk.patch_embed.proj.weight.numel() * patches
-    full, reduced, reducers = (torch.zeros_like(first) for _ in range(3))
-    before = torch.full_like(first, patches + 1)
+    full, reduced, reducers = (torch.zeros_like(start) for _ in range(3))
+    arrived = torch.full_like(start, patches + 1)
     shortened = False
-    for index, (block, layout) in enumerate(zip(trunk.blocks, layouts, strict=True)):
-        lengths = layout.lengths.to(torch.float64)
-        if str(index) in trunk.reducers:
-            reducer = trunk.reducers[str(index)]
-            assert isinstance(reducer, TokenReducer)
-            reducers += reducer.macs(before, trunk.dim)
-            shortened = True
+    for index, (block, seen) in enumerate(zip(trunk.blocks, layouts, strict=True)):
         assert isinstance(block, Block)
+        attention, mlp = seen.attention.lengths.to(torch.float64), seen.mlp.lengths.to(torch.float64)
+        reducer = trunk.reducers[str(index)] if str(index) in trunk.reducers else None
+        inside = False
+        if reducer is not None:
+            assert isinstance(reducer, TokenReducer)
+            inside = reducer.place == "inside"
+            given = attention if inside else arrived
+            reducers += _reducer_macs(reducer, given, trunk.dim, block.attn.num_heads)
+            shortened = shortened or not inside
         part = reduced if shortened else full
-        part += _block_macs(trunk.dim, block.mlp.fc1.out_features, lengths)
-        before = lengths
-    projection = torch.full_like(first, trunk.dim * embed_dim)
-    return ImageCost(torch.full_like(first, patch), full, reducers, reduced, projection)
+        part += _attention_macs(trunk.dim, attention)
+        shortened = shortened or inside
+        part = reduced if shortened else full
+        part += _mlp_macs(trunk.dim, block.mlp.fc1.out_features, mlp)
+        arrived = mlp
+    projection = torch.full_like(start, trunk.dim * embed_dim)
+    return ImageCost(torch.full_like(start, patch), full, reducers, reduced, projection)
 
 
 def image_macs(trunk: VisionEncoder, encoding: Encoding, embed_dim: int = 0) -> Tensor:
@@ -93,7 +110,7 @@ def dense_macs(trunk: VisionEncoder, embed_dim: int = 0) -> float:
     total = trunk.patch_embed.proj.weight.numel() * (tokens - 1) + trunk.dim * embed_dim
     for block in trunk.blocks:
         assert isinstance(block, Block)
-        total = total + _block_macs(trunk.dim, block.mlp.fc1.out_features, tokens)
+        total = total + _attention_macs(trunk.dim, tokens) + _mlp_macs(trunk.dim, block.mlp.fc1.out_features, tokens)
     return float(total)
 
 
@@ -109,7 +126,8 @@ def text_macs(tower: TextTower, lengths: Tensor) -> Tensor:
     """
     tokens = lengths.to(torch.float64)
     width, embed_dim = tower.text_projection.shape
-    return len(tower.transformer.resblocks) * _block_macs(width, 4 * width, tokens) + width * embed_dim
+    block = _attention_macs(width, tokens) + _mlp_macs(width, 4 * width, tokens)
+    return len(tower.transformer.resblocks) * block + width * embed_dim
 
 
 def counted_macs(model: nn.Module, example: Tensor, *, backward: bool = False) -> float:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dtpvit.datamodules.real_images import real_images
 from dtpvit.datamodules.transforms import eval_transform
-from dtpvit.encoder import DualEncoder, Encoding, Layout, VisionEncoder
+from dtpvit.encoder import BlockLayouts, DualEncoder, Encoding, VisionEncoder
 from dtpvit.errors import UserError
 from dtpvit.evaluation.cost import counted_macs, image_cost
 from dtpvit.interop.loading import LoadedClip, load_clip
@@ -84,7 +84,7 @@ class Tower:
         mean, std = (255 * torch.tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
         return (raw - mean) / std, captions
 
-    def macs(self, layouts: tuple[Layout, ...], *, training: bool = False) -> float:
+    def macs(self, layouts: tuple[BlockLayouts, ...], *, training: bool = False) -> float:
         """Mean multiply-accumulates of an image, forward or forward and backward: from what our blocks saw, or, of a
         tower not of ours, counted."""
         if self.trunk is not None:

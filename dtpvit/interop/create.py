@@ -57,15 +57,16 @@ def build_clip(config: Mapping[str, Any]) -> DualEncoder:
 
 
 def create_encoder(
-    name: str, *, reducers: Mapping[int, Any] | None = None, init: str | Path | None = None, **overrides: Any
+    name: str, *, reducers: Mapping[Any, Any] | None = None, init: str | Path | None = None, **overrides: Any
 ) -> VisionEncoder:
     """A vision encoder by its published name.
 
     Args:
         name: timm's name of the dense model, such as ``vit_tiny_patch16_224`` or ``vit_base_patch32_clip_224``, or
             one of ours, such as ``dtp_vit_base_patch32_clip_224_10x``.
-        reducers: For each block that a reducer precedes: a reducer, what makes one from the width, or
-            ``{"class_path": "DynamicPooling", "init_args": {"compression": 4}}``.
+        reducers: For each block with a reducer, or several at once as ``"0-11"``: a reducer, what makes one from the
+            width, or ``{"class_path": "DynamicPooling", "init_args": {"compression": 4}}`` (see
+            :func:`dtpvit.interop.reducer_config.reducer_makers`).
         init: Dense weights to start from: a file, or a timm or open_clip tag (see
             :func:`dtpvit.interop.dense_weights.load_dense`).
         **overrides: Any argument of :class:`dtpvit.encoder.VisionEncoder`.

@@ -90,7 +90,7 @@ def write_onnx(
 def _check_static(trunk: VisionEncoder) -> None:
     for block, reducer in trunk.reducers.items():
         assert isinstance(reducer, TokenReducer)
-        where = f"{type(reducer).__name__} before block {block}"
+        where = f"{type(reducer).__name__} at block {block}"
         if reducer.draws == "always":
             raise UserError(
                 f"{where} draws from a checksum of the pixels, which ONNX cannot compute; use another reducer"

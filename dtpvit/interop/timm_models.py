@@ -90,10 +90,8 @@ class TimmVisionEncoder(VisionEncoder):
         take, last = feature_take_indices(self.depth, indices)
         tokens = self.embed(x)
         found = []
-        for index, block in enumerate(self.blocks[: last + 1] if stop_early else self.blocks):
-            reduction = self._reduce(index, tokens)
-            tokens = tokens if reduction is None else reduction.tokens
-            tokens = self._run(block, tokens)
+        for index in range(last + 1 if stop_early else self.depth):
+            tokens = self.run_block(index, tokens)
             if index in take:
                 features = self.norm(tokens.features) if norm else tokens.features
                 spread = self._spread(tokens.with_features(features))
@@ -121,7 +119,7 @@ class TimmVisionEncoder(VisionEncoder):
         return {"pos_embed", "cls_token"}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Layers for layer-wise learning rates and partial freezing; a reducer belongs to the block it precedes."""
+        """Layers for layer-wise learning rates and partial freezing; a reducer belongs to its block."""
         return {
             "stem": r"^cls_token|pos_embed|patch_embed|norm_pre",
             "blocks": [(r"^(?:blocks|reducers)\.(\d+)", None), (r"^norm", (99999,))],

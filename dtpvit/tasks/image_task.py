@@ -55,7 +55,7 @@ class ImageTask(lightning.LightningModule):
 
     def log_reduction(self, encoding: Encoding) -> None:
         """Log tokens an image, boundary rates and the reducers' losses of a training batch."""
-        size = encoding.layouts[0].batch
+        size = encoding.tokens.layout.batch
         self.log("train/tokens", encoding.tokens.layout.total / size, prog_bar=True, batch_size=size)
         for block, compression in encoding.compression.items():
             self.log(f"train/boundary_rate/block{block}", 1 / compression, batch_size=size)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dtpvit.encoder.layout import Layout
-from dtpvit.encoder.ops.attention import fold_key_bias, packed_attention
+from dtpvit.encoder.ops.attention import class_attention, fold_key_bias, packed_attention
 from dtpvit.encoder.ops.boundaries import band_loss, batch_threshold, binomial_loss, ratio_loss, top_per_image
 from dtpvit.encoder.ops.min_variance import minimum_variance_starts
 from dtpvit.encoder.ops.noise import checksum, logistic_noise, uniform_noise
@@ -49,6 +49,28 @@ def test_attention_and_gradients_equal_one_image_at_a_time(lengths, with_bias, c
     (expected * weight).sum().backward()
     for a, b in zip(fast, slow, strict=True):
         torch.testing.assert_close(a.grad, b.grad)
+
+
+@pytest.mark.parametrize("lengths", [[5, 5, 5], [1, 7, 3], [4]])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_class_attention_is_the_first_row_of_the_matrix(lengths, with_bias):
+    torch.manual_seed(0)
+    fast = torch.randn(sum(lengths), 3, 2, 4, requires_grad=True)
+    slow = fast.detach().clone().requires_grad_()
+    bias = torch.rand(sum(lengths)) * 3 if with_bias else None
+    found = class_attention(fast, layout_of(lengths, num_prefix=1), bias)
+    rows, q, k = [], slow[:, 0].split(lengths), slow[:, 1].split(lengths)
+    for image, added in enumerate((torch.zeros(sum(lengths)) if bias is None else bias).split(lengths)):
+        logits = torch.einsum("he,khe->hk", q[image][0], k[image]) / 2 + added
+        rows.append(logits.softmax(-1).mean(0))
+    expected = torch.cat(rows)
+    torch.testing.assert_close(found, expected)
+    weight = torch.randn_like(found)
+    (found * weight).sum().backward()
+    (expected * weight).sum().backward()
+    torch.testing.assert_close(fast.grad, slow.grad)
+    with pytest.raises(ValueError, match="needs a class token"):
+        class_attention(fast, layout_of(lengths))
 
 
 def test_duplicated_tokens_equal_one_of_size_two():

@@ -195,7 +195,7 @@ def test_hierarchy_and_order_of_the_line():
     encoder = VisionEncoder(image_size=48, patch_size=8, dim=24, depth=3, num_heads=2, reducers=reducers).eval()
     encoding = encoder(torch.randn(3, 3, 48, 48))
     assert encoding.tokens.lengths.tolist() == [10, 10, 10]  # 36 -> 18 -> 9, and the class token
-    assert [layout.longest for layout in encoding.layouts] == [37, 19, 10]
+    assert [block.attention.longest for block in encoding.layouts] == [37, 19, 10]
     assert encoding.compression == {1: 2.0, 2: 2.0}
 
 

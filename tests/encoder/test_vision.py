@@ -8,7 +8,8 @@ import timm
 import torch
 
 from dtpvit.encoder import VisionEncoder, preset
-from dtpvit.encoder.reducers import DynamicPooling, FixedStride
+from dtpvit.encoder.layers import Block
+from dtpvit.encoder.reducers import DynamicPooling, Evidence, FixedStride, RandomBoundaries
 from dtpvit.interop.create import create_clip, create_encoder
 from dtpvit.interop.dense_weights import load_dense, to_our_names
 
@@ -105,7 +106,7 @@ def test_pooling_equal_patches_changes_nothing():
     image = torch.full((1, 3, 64, 64), 0.3)
     with torch.no_grad():
         found, expected = pooled.eval()(image), dense.eval()(image)
-    assert found.layouts[0].total == 11
+    assert found.layouts[0].mlp.total == 11
     torch.testing.assert_close(found.pooled, expected.pooled, rtol=1e-5, atol=1e-5)
 
 
@@ -116,9 +117,63 @@ def test_mean_read_out_is_weighted_by_patches():
     torch.testing.assert_close(encoding.pooled, spread.mean(1))
 
 
-def test_gradient_checkpointing_changes_no_gradient():
+class StrideInside(FixedStride):
+    """Cuts a stride between attention and MLP and keeps what it was told."""
+
+    place, needs = "inside", frozenset({"keys", "class_attention"})
+
+    def forward(self, tokens, evidence):
+        self.told = tokens, evidence
+        return super().forward(tokens, evidence)
+
+
+@pytest.mark.parametrize("first", [FixedStride, RandomBoundaries])
+def test_a_reducer_inside_a_block_acts_between_its_halves(first):
+    """On dense batches and on ragged ones, with sizes above one."""
+    encoder = small(reducers={1: first(48, compression=2), 2: StrideInside(48, compression=4)}).eval()
+    images = torch.randn(3, 3, 64, 64)
+    with torch.no_grad():
+        encoding = encoder(images)
+        tokens = encoder.run_block(1, encoder.run_block(0, encoder.embed(images)))
+        block, (given, evidence) = encoder.blocks[2], encoder.reducers["2"].told
+        qkv = block.attn.qkv(block.norm1(tokens.features)).view(-1, 3, 3, 16)
+        mixed = block.attn(block.norm1(tokens.features), tokens.layout, tokens.key_bias)[0]
+        torch.testing.assert_close(given.features, tokens.features + mixed)
+        torch.testing.assert_close(evidence.keys, qkv[:, 1].mean(1))
+        sums = torch.zeros(3).index_add(0, given.layout.image, evidence.class_attention)
+        torch.testing.assert_close(sums, torch.ones(3))
+        pooled = FixedStride(48, compression=4)(given, Evidence()).tokens
+        x = pooled.features + block.mlp(block.norm2(pooled.features))
+        expected = encoder.run_block(3, pooled.with_features(x))
+        torch.testing.assert_close(encoding.tokens.features, encoder.norm(expected.features))
+    seen = encoding.layouts[2]
+    assert torch.equal(seen.attention.lengths, tokens.lengths) and torch.equal(seen.mlp.lengths, pooled.lengths)
+    assert encoding.compression[2] == pytest.approx((tokens.layout.total - 3) / (pooled.layout.total - 3))
+
+
+def test_evidence_is_computed_only_where_it_is_needed():
+    block, tokens = Block(48, num_heads=3), small().embed(torch.randn(2, 3, 64, 64))
+    assert block.attend(tokens)[1] == Evidence()
+    assert block.attend(tokens, frozenset({"keys"}))[1].class_attention is None
+    before = type("Before", (StrideInside,), {"place": "before"})
+    with pytest.raises(ValueError, match="Before acts before a block and needs"):
+        small(reducers={1: before(48, compression=2)})
+
+
+def test_thresholds_behind_a_reducer_inside_a_block():
+    encoder = small(reducers={0: StrideInside(48, compression=2), 2: DynamicPooling(48, compression=4)}).train()
+    images, seeds = torch.randn(3, 3, 64, 64), torch.arange(3)
+    scores, patches = encoder.boundary_scores(images, 2, seeds=seeds, thresholds={})
+    assert scores.shape == (2, 3 * 31) and patches == 3 * 32
+    assert encoder.boundary_scores(images, 0, seeds=seeds, thresholds={}) == (None, 3 * 64)
+    with pytest.raises(ValueError, match="block 1 has no reducer"):
+        encoder.boundary_scores(images, 1, seeds=seeds, thresholds={})
+
+
+@pytest.mark.parametrize("reducer", [DynamicPooling, StrideInside])
+def test_gradient_checkpointing_changes_no_gradient(reducer):
     torch.manual_seed(0)
-    encoder = small(drop_path=0.0, reducers={1: DynamicPooling(48, compression=4)}).train()
+    encoder = small(drop_path=0.0, reducers={1: reducer(48, compression=4)}).train()
     images, seeds = torch.randn(4, 3, 64, 64), torch.arange(4)
     grads = []
     for enable in (False, True):

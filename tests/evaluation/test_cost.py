@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dtpvit.encoder import VisionEncoder
-from dtpvit.encoder.reducers import DynamicPooling
+from dtpvit.encoder.reducers import DynamicPooling, FixedStride
 from dtpvit.evaluation.cost import dense_macs, image_cost, image_macs
 from dtpvit.interop.create import create_clip, create_encoder
 
@@ -46,6 +46,22 @@ def test_cost_equals_torch_s_counter(router):
     # The counter leaves out what is no matrix product: here the cosines of neighbours.
     cosines = 3 * 64 * 64 if router == "cosine" else 0
     assert 2 * (found - cosines) == pytest.approx(counter.get_total_flops(), rel=1e-6)
+
+
+def test_halves_of_a_block_are_counted_apart():
+    """A reducer inside a block, its evidence included, against torch's counter."""
+    inside = type("Inside", (FixedStride,), {"place": "inside", "needs": frozenset({"keys", "class_attention"})})
+    reducers = {1: inside(64, compression=4), 2: DynamicPooling(64, compression=2), 3: inside(64, compression=2)}
+    encoder = VisionEncoder(image_size=64, patch_size=8, dim=64, depth=4, num_heads=4, reducers=reducers).eval()
+    images = torch.randn(1, 3, 64, 64)
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), counter:
+        encoding = encoder(images)
+    cost = image_cost(encoder, encoding.layouts)
+    assert 2 * float(cost.total) == pytest.approx(counter.get_total_flops(), rel=1e-6)
+    block = 65 * 12 * 64**2 + 2 * 65**2 * 64
+    assert float(cost.full_blocks) == 2 * block - 65 * 8 * 64**2  # all of block 0, the attention half of block 1
+    assert float(cost.reducers) == 65 * 64 + 17 * (64 * 64 + 64) + 9 * 64
 
 
 def test_images_of_unequal_length_cost_unequally():

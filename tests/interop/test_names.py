@@ -15,6 +15,7 @@ from dtpvit.errors import UserError
 from dtpvit.interop.create import build_clip, create_encoder
 from dtpvit.interop.model_config import NAMES, from_open_clip, model_config, to_open_clip, trunk_config, trunk_name
 from dtpvit.interop.open_clip_models import CONFIGS
+from dtpvit.interop.reducer_config import reducer_makers
 from dtpvit.interop.timm_models import TRUNKS
 
 SMALL = {"image_size": 64, "patch_size": 16, "dim": 64, "depth": 4, "num_heads": 4}
@@ -156,6 +157,50 @@ def test_create_encoder_takes_reducers_in_every_form():
         encoding = encoder(torch.randn(2, 3, 64, 64))
         assert encoding.tokens.lengths.tolist() == [5, 5] and encoding.pooled.shape == (2, 192)
         assert encoding.losses == {}
+
+
+def test_one_entry_places_reducers_at_several_blocks():
+    stride = {"class_path": "FixedStride", "init_args": {"order": "hilbert"}}
+    spread = {"each": {"compression": {"from": 1.0, "to": 2.0}, "proportional": [True, False, True]}}
+    vision = {**SMALL, "reducers": {"0-2": {**stride, **spread}, 3: POOLING}}
+    trunk = timm.create_model(trunk_name(vision))
+    made = [trunk.reducers[str(block)] for block in range(4)]
+    assert [reducer.compression for reducer in made] == [1.0, 1.5, 2.0, 3]
+    assert [reducer.proportional for reducer in made] == [True, False, True, True]
+    assert [reducer.order for reducer in made] == ["hilbert"] * 3 + ["raster"]
+    config = {"1, 5-6,9": {"class_path": "FixedStride", "each": {"compression": {"from": 26, "to": 1}}}}
+    assert {block: maker(8).compression for block, maker in reducer_makers(config).items()} == {
+        1: 26,
+        5: 17,
+        6: 9,
+        9: 1,
+    }
+
+
+def entry(**each):
+    return {"class_path": "FixedStride", "each": each}
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"5-3": POOLING}, "a reducer is placed at block '5-3'; expected the number"),
+        ({"0,": POOLING}, "a reducer is placed at block '0,'"),
+        ({"0-3": POOLING, 2: POOLING}, "block 2 is given two reducers"),
+        ({"0-1": FixedStride(8, compression=2)}, "give what makes one"),
+        (
+            {"0-1": entry(compression=[1, 2, 3])},
+            r"compression of each block is given as \[1, 2, 3\]; expected a list of 2",
+        ),
+        ({"0-1": entry(compression={"from": 2})}, "or from and to"),
+        ({"0-1": entry(compression={"from": 2, "to": "x"})}, "or from and to"),
+        ({"0-1": {"class_path": "FixedStride", "compression": 2}}, r"unknown entries \['compression'\]"),
+    ],
+)
+def test_places_that_do_not_fit_are_refused_in_one_sentence(config, message):
+    with pytest.raises(UserError, match=message) as found:
+        reducer_makers(config)
+    assert "\n" not in str(found.value)
 
 
 @pytest.mark.parametrize(

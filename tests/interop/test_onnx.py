@@ -105,7 +105,7 @@ def test_the_command_writes_the_tower_with_its_projection(checkpoint, tmp_path, 
         dynamic = clip.encode_image(images)
         clip.visual.trunk.reducers["1"].fix_budget()
         expected = clip.encode_image(images)
-    assert clip.visual.encode(images)[1].layouts[1].lengths.tolist() == [10] * 5
+    assert clip.visual.encode(images)[1].layouts[1].mlp.lengths.tolist() == [10] * 5
     torch.testing.assert_close(run(out, images), expected, rtol=0, atol=1e-4)
     assert not torch.allclose(dynamic, expected, atol=1e-3)  # the flag changes counts, hence features
 
@@ -128,7 +128,7 @@ def test_what_cannot_be_exported_is_refused_in_a_sentence(options, message, chec
 
 
 def test_random_boundaries_and_absent_packages_are_refused(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="RandomBoundaries before block 1 draws"):
+    with pytest.raises(UserError, match="RandomBoundaries at block 1 draws"):
         write_onnx(
             small(reducers={1: lambda d: RandomBoundaries(d, compression=2, budget="fixed")}), tmp_path / "x.onnx"
         )

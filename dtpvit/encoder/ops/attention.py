@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from dtpvit.encoder.layout import Layout, LengthGroups
 from dtpvit.encoder.ops.rows import take_rows
 
-__all__ = ["fold_key_bias", "packed_attention"]
+__all__ = ["class_attention", "fold_key_bias", "packed_attention"]
 
 
 def packed_attention(
@@ -55,6 +55,36 @@ def packed_attention(
         out = checkpoint(_padded, qkv_T3HE, groups, key_bias, causal, use_reentrant=False, preserve_rng_state=False)
         return out  # pyright: ignore[reportReturnType]
     return _padded(qkv_T3HE, groups, key_bias, causal)
+
+
+def class_attention(qkv_T3HE: Tensor, layout: Layout, key_bias: Tensor | None = None) -> Tensor:
+    """How much the first token of each image attends to each of its tokens, averaged over heads.
+
+    The one row of the attention matrix that a reducer may ask for, in time linear in the tokens, so that attention
+    itself stays fused.
+
+    Args:
+        qkv_T3HE: As in :func:`packed_attention`.
+        layout: Where each image's tokens lie.
+        key_bias: As in :func:`packed_attention`.
+
+    Returns:
+        float32, shape (T,).
+
+    Raises:
+        ValueError: If the sequences have no class token.
+    """
+    if not layout.num_prefix:
+        raise ValueError("class attention needs a class token in front of each sequence; there is none")
+    q_BHE = qkv_T3HE[:, 0].index_select(0, layout.first)
+    keys = qkv_T3HE[:, 1] if layout.uniform else take_rows(qkv_T3HE[:, 1], layout.padded, layout.unpadded)
+    k_BNHE = keys.unflatten(0, (layout.batch, layout.longest))
+    with torch.autocast(keys.device.type, enabled=False):  # methods rank tokens by it
+        logits_BHN = torch.einsum("bhe,bnhe->bhn", q_BHE.float(), k_BNHE.float()) * q_BHE.shape[-1] ** -0.5
+    if key_bias is not None:
+        logits_BHN = logits_BHN + key_bias[layout.padded].view(layout.batch, 1, layout.longest)
+    row = logits_BHN.masked_fill(layout.padding[:, None], float("-inf")).softmax(-1).mean(1).flatten()
+    return row if layout.uniform else take_rows(row, layout.unpadded, layout.padded, unread=layout.padding)
 
 
 def fold_key_bias(q_THE: Tensor, k_THE: Tensor, v_THE: Tensor, key_bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,6 +1,7 @@
 """Token reducers: one published method a file, all behind :class:`TokenReducer`."""
 
-from dtpvit.encoder.reducers.base import Evidence, Reduction, TokenReducer
+from dtpvit.encoder.evidence import Evidence
+from dtpvit.encoder.reducers.base import Reduction, TokenReducer
 from dtpvit.encoder.reducers.controls import FixedStride, GridPooling, RandomBoundaries
 from dtpvit.encoder.reducers.dynamic_pooling import DynamicPooling
 

@@ -8,21 +8,10 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from dtpvit.encoder.evidence import Evidence, Need
 from dtpvit.encoder.tokens import Tokens
 
-__all__ = ["Evidence", "Reduction", "TokenReducer"]
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """What a reducer is told beside the tokens.
-
-    Attributes:
-        threshold: Training threshold on the noisy boundary logits, a scalar, where the caller fixes it because the
-            batch arrives in several pieces; None lets the reducer find its own.
-    """
-
-    threshold: Tensor | None = None
+__all__ = ["Reduction", "TokenReducer"]
 
 
 @dataclass(frozen=True)
@@ -49,11 +38,15 @@ class TokenReducer(nn.Module, ABC):
     unless ``drops``; the task's gradient reaches every parameter.
 
     Attributes:
+        place: Where it acts: ``"before"`` its block, or ``"inside"``, between the block's attention and its MLP.
+        needs: What of its block's attention it goes by; only a reducer inside a block can have it.
         drops: Whether patches may be lost.
         draws: When it makes random choices, as a function of ``tokens.seed``.
         fixed: Whether images of equal length keep equally many tokens, so that shapes are static.
     """
 
+    place: Literal["before", "inside"] = "before"
+    needs: frozenset[Need] = frozenset()
     drops: bool = False
     draws: Literal["never", "training", "always"] = "never"
     fixed: bool = False
@@ -65,12 +58,13 @@ class TokenReducer(nn.Module, ABC):
     def after_backward(self) -> None:
         """End a training step, on all ranks together, once its gradients are complete."""
 
-    def macs(self, tokens: Tensor, dim: int) -> Tensor:
-        """Multiply-accumulates of the decision, beside the averages themselves.
+    def macs(self, tokens: Tensor, dim: int, num_heads: int) -> Tensor:
+        """Multiply-accumulates of the decision, beside the averages themselves and the evidence.
 
         Args:
             tokens: Tokens of each image that come in, float64, shape (B,).
             dim: Width D.
+            num_heads: Of the block's attention.
 
         Returns:
             Shape (B,), float64.

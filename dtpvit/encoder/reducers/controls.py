@@ -7,10 +7,11 @@ from typing import Literal
 
 import torch
 
+from dtpvit.encoder.evidence import Evidence
 from dtpvit.encoder.ops.boundaries import top_per_image
 from dtpvit.encoder.ops.noise import uniform_noise
 from dtpvit.encoder.ops.scan import window_order
-from dtpvit.encoder.reducers.base import Evidence, Reduction
+from dtpvit.encoder.reducers.base import Reduction
 from dtpvit.encoder.reducers.boundary_pooling import BoundaryPooling, place_in_batch
 from dtpvit.encoder.tokens import Tokens
 

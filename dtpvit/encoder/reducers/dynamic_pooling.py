@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from dtpvit.encoder.evidence import Evidence
 from dtpvit.encoder.layout import Layout
 from dtpvit.encoder.ops.boundaries import (
     band_loss,
@@ -21,7 +22,7 @@ from dtpvit.encoder.ops.collectives import add_up, gather_columns
 from dtpvit.encoder.ops.noise import logistic_noise
 from dtpvit.encoder.ops.regression import regress_votes
 from dtpvit.encoder.ops.rows import take_rows
-from dtpvit.encoder.reducers.base import Evidence, Reduction
+from dtpvit.encoder.reducers.base import Reduction
 from dtpvit.encoder.reducers.baseline import GradientBaseline
 from dtpvit.encoder.reducers.boundary_pooling import BoundaryPooling
 from dtpvit.encoder.reducers.calibration import BoundaryCalibration
@@ -119,7 +120,7 @@ class DynamicPooling(BoundaryPooling):
         """
         self.fixed, self.boundary_calibration = True, None
 
-    def macs(self, tokens: Tensor, dim: int) -> Tensor:
+    def macs(self, tokens: Tensor, dim: int, num_heads: int) -> Tensor:
         return self.boundary_predictor.macs(tokens, dim, self.compression)
 
     def forward(self, tokens: Tokens, evidence: Evidence) -> Reduction:
