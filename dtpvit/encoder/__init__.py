@@ -1,11 +1,12 @@
 """The encoder package that every task shares; it needs torch and nothing else."""
 
 from dtpvit.encoder.dual import DualEncoder, VisualTower
+from dtpvit.encoder.encoding import Encoding
 from dtpvit.encoder.layout import BlockLayouts, Layout
 from dtpvit.encoder.presets import preset
 from dtpvit.encoder.text import TextTower
 from dtpvit.encoder.tokens import Tokens
-from dtpvit.encoder.vision import Encoding, VisionEncoder
+from dtpvit.encoder.vision import VisionEncoder
 
 __all__ = [
     "BlockLayouts",

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize as unit
 
+from dtpvit.encoder.encoding import Encoding
 from dtpvit.encoder.text import TextTower
-from dtpvit.encoder.vision import Encoding, VisionEncoder
+from dtpvit.encoder.vision import VisionEncoder
 
 __all__ = ["DualEncoder", "VisualTower"]
 

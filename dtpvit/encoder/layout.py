@@ -74,6 +74,20 @@ class Layout:
         host = lengths.tolist()
         return cls(lengths, max(host), sum(host), num_prefix, host)
 
+    def resized(self, lengths: Tensor, resize: Callable[[int], int]) -> Layout:
+        """Layout of the same sequences at other lengths, without synchronising if the host knows those of now.
+
+        Args:
+            lengths: The new lengths, shape (B,).
+            resize: New length from old length, for the host.
+        """
+        if self.uniform:
+            return Layout.uniform_of(self.batch, resize(self.longest), self.num_prefix, self.lengths.device)
+        if self.host_lengths is None:
+            return Layout.fetched(lengths, self.num_prefix)
+        host = [resize(length) for length in self.host_lengths]
+        return Layout(lengths, max(host), sum(host), self.num_prefix, host)
+
     @property
     def batch(self) -> int:
         return self.lengths.shape[0]

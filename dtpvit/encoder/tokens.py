@@ -71,6 +71,31 @@ class Tokens:
         """The same tokens with other features, shape (T, D')."""
         return replace(self, features=features)
 
+    def regrouped(
+        self, features: Tensor, destination: Tensor, layout: Layout, size: Tensor, *, proportional: bool
+    ) -> Tokens:
+        """What is left once every token went into one of fewer.
+
+        Args:
+            features: Of those left, shape (S, D).
+            destination: Row among them that each token went into, int64, shape (T,).
+            layout: Of those left.
+            size: Patches that each of them stands for, shape (S,).
+            proportional: Whether later blocks weigh a token by its patches, adding the logarithm on its key.
+        """
+        image = self.patches.image
+        token = self.layout.first[image] + self.num_prefix + self.source.clamp(min=0)
+        place = destination[token] - layout.first[image] - layout.num_prefix
+        return replace(
+            self,
+            features=features,
+            layout=layout,
+            size=size,
+            source=torch.where(self.source < 0, self.source, place),
+            grid=None,
+            key_bias=size.log() if proportional else None,
+        )
+
     def split(self) -> list[Tokens]:
         """One ``Tokens`` an image (synchronises: for tests, pictures and export)."""
         lengths, patches = self.lengths.tolist(), self.patches.lengths.tolist()

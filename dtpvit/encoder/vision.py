@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from dtpvit.encoder.encoding import Encoding, EnteredBlock
 from dtpvit.encoder.evidence import Evidence
 from dtpvit.encoder.layers import Block, PatchEmbed, resize_position_embedding
 from dtpvit.encoder.layout import BlockLayouts, Layout
@@ -19,47 +20,9 @@ from dtpvit.encoder.ops.segments import Segments, pool_segments
 from dtpvit.encoder.reducers.base import Reduction, TokenReducer
 from dtpvit.encoder.tokens import Tokens
 
-__all__ = ["Encoding", "EnteredBlock", "VisionEncoder"]
+__all__ = ["VisionEncoder"]
 
 ReducerMaker = Callable[[int], TokenReducer]
-
-
-@dataclass(frozen=True)
-class Encoding:
-    """What an encoder makes of a batch of images.
-
-    Attributes:
-        tokens: After the final norm.
-        pooled: Read-out of the final norm, before any projection, shape (B, D).
-        losses: Reducers' losses, weighted, named ``block{i}/{loss}``.
-        layouts: What the halves of each block really saw, from which cost is computed.
-        compression: Tokens in for each token out of each reducer, over this batch, by block.
-    """
-
-    tokens: Tokens
-    pooled: Tensor
-    losses: dict[str, Tensor] = field(default_factory=dict)
-    layouts: tuple[BlockLayouts, ...] = ()
-    compression: dict[int, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class EnteredBlock:
-    """A block up to and including its reducer.
-
-    Attributes:
-        tokens: What the rest of the block is given.
-        rest: The rest of the block: all of it, or its MLP half.
-        arrived: Where the tokens lay that the reducer was given.
-        layouts: What the halves of the block see.
-        reduction: What the reducer handed back, of a block that has one.
-    """
-
-    tokens: Tokens
-    rest: Callable[[Tokens], Tokens]
-    arrived: Layout
-    layouts: BlockLayouts
-    reduction: Reduction | None = None
 
 
 class VisionEncoder(nn.Module):
@@ -274,11 +237,11 @@ class VisionEncoder(nn.Module):
             return EnteredBlock(tokens, block, came, BlockLayouts(came, came))
         assert isinstance(reducer, TokenReducer)
         if reducer.place == "before":
-            reduction = _reseeded(reducer(tokens, Evidence(threshold)))
+            reduction = _reseeded(reducer, reducer(tokens, Evidence(threshold)))
             seen = reduction.tokens.layout
             return EnteredBlock(reduction.tokens, block, came, BlockLayouts(seen, seen), reduction)
         attended, evidence = self._run(block.attend, tokens, reducer.needs)
-        reduction = _reseeded(reducer(attended, replace(evidence, threshold=threshold)))
+        reduction = _reseeded(reducer, reducer(attended, replace(evidence, threshold=threshold)))
         layouts = BlockLayouts(came, reduction.tokens.layout)
         return EnteredBlock(reduction.tokens, block.feed_forward, came, layouts, reduction)
 
@@ -289,10 +252,10 @@ class VisionEncoder(nn.Module):
         return part(*arguments)
 
 
-def _reseeded(reduction: Reduction) -> Reduction:
-    """With a fresh seed for the next reducer."""
+def _reseeded(reducer: TokenReducer, reduction: Reduction) -> Reduction:
+    """With a fresh seed for the next reducer, where this one may have drawn from it."""
     tokens = reduction.tokens
-    if tokens.seed is None:
+    if tokens.seed is None or reducer.draws == "never":
         return reduction
     return replace(reduction, tokens=replace(tokens, seed=advance_seed(tokens.seed)))
 

@@ -1,12 +1,14 @@
 """The contract of DESIGN: one test over all reducers. A new reducer is one new line in REDUCERS."""
 
 import copy
+from functools import cache
 
 import pytest
 import torch
 
 from dtpvit.encoder import Tokens, VisionEncoder
-from dtpvit.encoder.reducers import DynamicPooling, Evidence, FixedStride, GridPooling, RandomBoundaries
+from dtpvit.encoder.layers import Block
+from dtpvit.encoder.reducers import DynamicPooling, Evidence, FixedStride, GridPooling, RandomBoundaries, ToMe
 
 D, GRID, PREFIX = 96, (6, 5), 1
 
@@ -39,7 +41,9 @@ REDUCERS = [
     pytest.param(lambda c: RandomBoundaries(D, compression=c), id="random"),
     pytest.param(lambda c: RandomBoundaries(D, compression=c, budget="fixed"), id="random-fixed"),
     pytest.param(lambda c: GridPooling(D, window=1 if c == 1 else 2), id="grid"),
+    pytest.param(lambda c: ToMe(D, r=0 if c == 1 else 15), id="tome"),
 ]
+NOMINAL = {GridPooling: 9 / 30, ToMe: 15 / 30}  # rate asked for here, of those that cannot have 1 / 4 at once
 
 
 def weights_of(reducer, tokens):
@@ -64,11 +68,28 @@ def ragged_tokens(batch=5):
     return RandomBoundaries(D, compression=2).eval()(dense_tokens(batch), Evidence()).tokens
 
 
+@cache
+def block():
+    """What reducers that act inside a block are placed in."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        made = Block(D, num_heads=4).requires_grad_(False)
+        made.attn.qkv.weight.mul_(4)
+    return made
+
+
+def given(reducer, tokens):
+    """What the reducer is called with: tokens and evidence, of a block's attention where it acts inside one."""
+    if reducer.place == "before":
+        return tokens, Evidence()
+    return block().attend(tokens, reducer.needs)
+
+
 def calibrated(make, tokens):
     """A reducer after a few training steps, so that evaluation uses its stored threshold."""
     reducer = make(4).train()
     for _ in range(3):
-        reducer(tokens, Evidence())
+        reducer(*given(reducer, tokens))
     return reducer.eval()
 
 
@@ -83,9 +104,9 @@ def reducer(request, make):
 
 def test_an_image_is_independent_of_its_batch(reducer):
     for tokens in inputs(reducer):
-        together = reducer(tokens, Evidence()).tokens
+        together = reducer(*given(reducer, tokens)).tokens
         for whole, image in zip(together.split(), tokens.split(), strict=True):
-            alone = reducer(image, Evidence()).tokens
+            alone = reducer(*given(reducer, image)).tokens
             assert torch.equal(alone.lengths, whole.lengths)
             assert torch.equal(alone.source, whole.source) and torch.equal(alone.size, whole.size)
             torch.testing.assert_close(alone.features, whole.features, rtol=1e-5, atol=1e-5)
@@ -93,13 +114,13 @@ def test_an_image_is_independent_of_its_batch(reducer):
 
 def test_two_passes_agree(reducer):
     for tokens in inputs(reducer):
-        first, second = (reducer(tokens, Evidence()).tokens for _ in range(2))
+        first, second = (reducer(*given(reducer, tokens)).tokens for _ in range(2))
         assert torch.equal(first.features, second.features) and torch.equal(first.source, second.source)
 
 
 def test_patches_are_conserved_and_followed(reducer):
     for tokens in inputs(reducer):
-        out = reducer(tokens, Evidence()).tokens
+        out = reducer(*given(reducer, tokens)).tokens
         assert out.layout.total < tokens.layout.total
         assert out.layout.total == out.lengths.sum() == len(out.features) and out.layout.longest == out.lengths.max()
         for image in out.split():
@@ -112,8 +133,8 @@ def test_patches_are_conserved_and_followed(reducer):
 
 
 def test_features_are_the_means_that_source_describes(reducer):
-    tokens = dense_tokens()
-    out = reducer(tokens, Evidence()).tokens
+    tokens, evidence = given(reducer, dense_tokens())
+    out = reducer(tokens, evidence).tokens
     for before, after in zip(tokens.split(), out.split(), strict=True):
         patches, weights = before.features[PREFIX:], weights_of(reducer, before)
         for index in range(len(after.size) - after.num_prefix):
@@ -128,7 +149,7 @@ def test_the_task_s_gradient_reaches_every_parameter(make):
         reducer = make(4).train(mode)
         tokens = dense_tokens(32)
         features = tokens.features.requires_grad_()
-        out = reducer(tokens, Evidence()).tokens
+        out = reducer(*given(reducer, tokens)).tokens
         (out.features * torch.randn_like(out.features)).sum().backward()
         assert features.grad.isfinite().all() and features.grad.any()
         for name, parameter in reducer.named_parameters():
@@ -138,8 +159,8 @@ def test_the_task_s_gradient_reaches_every_parameter(make):
 def test_keep_everything_equals_dense(make):
     reducer = make(1)
     for mode in (False, True, False):  # never calibrated, in training, calibrated
-        tokens = dense_tokens()
-        out = reducer.train(mode)(tokens, Evidence()).tokens
+        tokens, evidence = given(reducer, dense_tokens())
+        out = reducer.train(mode)(tokens, evidence).tokens
         kept = out.unpool().view(len(tokens.lengths), -1, D)
         dense = tokens.features.view(len(tokens.lengths), -1, D)[:, PREFIX:]
         torch.testing.assert_close(kept, dense)
@@ -149,11 +170,11 @@ def test_the_nominal_rate_is_kept_at_initialisation(make):
     reducer = make(4)
     tokens = dense_tokens(256)
     for mode in (True, False):
-        out = reducer.train(mode)(tokens, Evidence()).tokens
+        out = reducer.train(mode)(*given(reducer, tokens)).tokens
         rate = float((out.lengths - out.num_prefix).sum() / (256 * GRID[0] * GRID[1]))
         # A rate loss only pulls in training; at initialisation its bias alone is right on average.
         steered = getattr(reducer, "rate", "quantile") != "quantile" and mode
-        nominal = 9 / 30 if isinstance(reducer, GridPooling) else 0.25
+        nominal = NOMINAL.get(type(reducer), 0.25)
         assert abs(rate - nominal) < (0.06 if steered else 0.02), (mode, rate)
 
 
@@ -162,15 +183,15 @@ def test_save_and_load_keep_the_decisions(make):
     one = calibrated(make, tokens)
     other = make(4).eval()
     other.load_state_dict(copy.deepcopy(one.state_dict()))
-    assert torch.equal(one(tokens, Evidence()).tokens.source, other(tokens, Evidence()).tokens.source)
+    assert torch.equal(one(*given(one, tokens)).tokens.source, other(*given(other, tokens)).tokens.source)
 
 
 def test_bfloat16_decides_like_float32(make):
     reducer = calibrated(make, dense_tokens(64))
-    tokens = dense_tokens(32)
-    expected = reducer(tokens, Evidence()).tokens
+    tokens, evidence = given(reducer, dense_tokens(32))  # evidence is float32 whatever the block's type
+    expected = reducer(tokens, evidence).tokens
     rounded = tokens.with_features(tokens.features.bfloat16())
-    found = copy.deepcopy(reducer).to(torch.bfloat16)(rounded, Evidence()).tokens
+    found = copy.deepcopy(reducer).to(torch.bfloat16)(rounded, evidence).tokens
     assert found.features.dtype == torch.bfloat16 and found.size.dtype == torch.float32
     assert (starts_of(found) == starts_of(expected)).double().mean() >= 0.99
     for name, buffer in copy.deepcopy(reducer).to(torch.bfloat16).state_dict().items():

@@ -11,7 +11,7 @@ from dtpvit.encoder import DualEncoder, Tokens, VisionEncoder, VisualTower
 from dtpvit.encoder.layers import Block
 from dtpvit.encoder.ops.exportable import means_by_product, ranks_by_counting
 from dtpvit.encoder.ops.segments import Segments, pool_segments
-from dtpvit.encoder.reducers import DynamicPooling, Evidence, FixedStride, GridPooling, RandomBoundaries
+from dtpvit.encoder.reducers import DynamicPooling, Evidence, FixedStride, GridPooling, RandomBoundaries, ToMe
 
 
 def fixed(**options):
@@ -30,6 +30,7 @@ ENCODERS = {
     "twice": {"reducers": {**fixed(), 2: lambda dim: DynamicPooling(dim, compression=2, budget="fixed")}},
     "stride": {"reducers": {1: lambda dim: FixedStride(dim, compression=4, order="serpentine")}},
     "grid": {"reducers": {1: GridPooling}},
+    "tome": {"reducers": {block: lambda dim: ToMe(dim, r=7) for block in range(3)}},
     "random": {"reducers": {1: lambda dim: RandomBoundaries(dim, compression=4, budget="fixed")}},
 }
 
@@ -86,7 +87,7 @@ def check_compiled(arguments, backend, **compiling):
         torch.testing.assert_close(compiled(images).pooled, twin(images).pooled, rtol=0, atol=1e-5)
 
 
-QUICK = ("fixed", "symmetric", "random")
+QUICK = ("fixed", "symmetric", "random", "tome")
 
 
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in ENCODERS])
@@ -105,12 +106,13 @@ def test_a_whole_encoder_is_one_graph_of_generated_code(name):
 @pytest.mark.filterwarnings(
     "ignore:The .grad attribute of a Tensor that is not a leaf"
 )  # torch's own, at a graph break
-@pytest.mark.parametrize("budget", ["fixed", "dynamic"])
-def test_checkpointed_blocks_compile_and_a_dynamic_budget_in_pieces(budget):
-    encoder = small(reducers={1: lambda dim: DynamicPooling(dim, compression=4, budget=budget)}).train()
+@pytest.mark.parametrize("name", ["fixed", "dynamic", "tome"])
+def test_checkpointed_blocks_compile_and_a_dynamic_budget_in_pieces(name):
+    dynamic = {"reducers": {1: lambda dim: DynamicPooling(dim, compression=4)}}
+    encoder = small(**ENCODERS.get(name, dynamic)).train()
     encoder.set_grad_checkpointing()
     twin = copy.deepcopy(encoder)
-    compiled = torch.compile(encoder, fullgraph=budget == "fixed", backend="aot_eager")
+    compiled = torch.compile(encoder, fullgraph=name != "dynamic", backend="aot_eager")
     for _ in range(2):
         images = torch.randn(4, 3, 48, 48)
         assert_same_step(trained(encoder, compiled, images), trained(twin, twin, images))

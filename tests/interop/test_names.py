@@ -88,7 +88,8 @@ def test_timm_contract_of_the_forward_functions(trunk):
 
 def test_intermediates_take_the_same_decisions_as_the_forward_pass():
     random = {"class_path": "RandomBoundaries", "init_args": {"compression": 2}}
-    trunk = timm.create_model(trunk_name({**SMALL, "reducers": {1: random, 2: random}})).eval()
+    merging = {"class_path": "ToMe", "init_args": {"r": 2}}
+    trunk = timm.create_model(trunk_name({**SMALL, "reducers": {1: random, 2: random, "0,3": merging}})).eval()
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         last, _ = trunk.forward_intermediates(images)

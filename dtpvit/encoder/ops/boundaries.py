@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dtpvit.encoder.layout import Layout
-from dtpvit.encoder.ops.exportable import ranks_by_counting
+from dtpvit.encoder.ops.exportable import descending_ranks
 
 __all__ = ["band_loss", "batch_threshold", "binomial_loss", "ratio_loss", "straight_through", "top_per_image"]
 
@@ -47,12 +47,8 @@ def top_per_image(scores: Tensor, opening: Tensor, layout: Layout, keep: Tensor)
     """
     masked = scores.masked_fill(opening, float("inf"))
     cells = masked[layout.padded].view(layout.batch, layout.longest).masked_fill(layout.padding, float("-inf"))
-    if torch.compiler.is_exporting():
-        rank = ranks_by_counting(cells)
-    else:
-        rank = cells.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
     forced = layout.num_prefix + 1
-    taken = rank < (keep + forced)[:, None]
+    taken = descending_ranks(cells) < (keep + forced)[:, None]
     return taken.reshape(-1)[layout.unpadded] | opening
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dtpvit.encoder.ops.segments import Segments
 
-__all__ = ["means_by_product", "ranks_by_counting"]
+__all__ = ["descending_ranks", "means_by_product", "ranks_by_counting"]
 
 
 def means_by_product(features: Tensor, segments: Segments, images: int) -> Tensor:
@@ -35,8 +35,15 @@ def means_by_product(features: Tensor, segments: Segments, images: int) -> Tenso
     return total / segments.total[:, None].to(features.dtype)
 
 
+def descending_ranks(cells: Tensor) -> Tensor:
+    """Place of each value in the descending order of its row, ties to the earlier column: (B, N) to int64 (B, N)."""
+    if torch.compiler.is_exporting():
+        return ranks_by_counting(cells)
+    return cells.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+
+
 def ranks_by_counting(cells: Tensor) -> Tensor:
-    """Place of each value in the descending order of its row, ties to the earlier column: (B, N) to int64 (B, N).
+    """:func:`descending_ranks` without sorting.
 
     >>> ranks_by_counting(torch.tensor([[1.0, 3.0, 1.0, 2.0]]))
     tensor([[2, 0, 3, 1]])

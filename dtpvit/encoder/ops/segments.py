@@ -67,6 +67,24 @@ class Segments:
         total = line_size.new_zeros(count).index_add_(0, ids, line_size)
         return cls(ids, begin, order, opening, line_size, total)
 
+    @classmethod
+    def gathered(cls, destination: Tensor, count: int, size: Tensor) -> Segments:
+        """Groups of tokens that lie anywhere: on the line that is sorted by group, they are segments.
+
+        Args:
+            destination: Group of each token, int64, shape (T,).
+            count: How many groups there are, none of them empty.
+            size: Patches of each token, shape (T,).
+        """
+        total = size.new_zeros(count).index_add_(0, destination, size)
+        members = destination.new_zeros(count).index_add_(0, destination, torch.ones_like(destination))
+        begin = members.cumsum(0) - members
+        opening = torch.zeros_like(destination, dtype=torch.bool)
+        if torch.compiler.is_exporting():  # a product with the table of groups by tokens needs no line
+            return cls(destination, begin, None, opening, size, total)
+        order = destination.argsort(stable=True)
+        return cls(destination[order], begin, order, opening, size[order], total)
+
     def tokens(self) -> Tensor:
         """Segment of each token in packed order, int64, shape (T,)."""
         if self.order is None:

@@ -4,6 +4,7 @@ from dtpvit.encoder.evidence import Evidence
 from dtpvit.encoder.reducers.base import Reduction, TokenReducer
 from dtpvit.encoder.reducers.controls import FixedStride, GridPooling, RandomBoundaries
 from dtpvit.encoder.reducers.dynamic_pooling import DynamicPooling
+from dtpvit.encoder.reducers.tome import ToMe
 
 __all__ = [
     "DynamicPooling",
@@ -12,5 +13,6 @@ __all__ = [
     "GridPooling",
     "RandomBoundaries",
     "Reduction",
+    "ToMe",
     "TokenReducer",
 ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -94,15 +93,7 @@ class BoundaryPooling(TokenReducer):
             features = means_by_product(tokens.features, segments, layout.batch)
         else:
             features = pool_segments(tokens.features, starts, segments, estimator=self.estimator)
-        return replace(
-            tokens,
-            features=features,
-            layout=pooled_layout,
-            size=patches,
-            source=_follow(tokens, segment, pooled_layout),
-            grid=None,
-            key_bias=patches.log() if self.proportional else None,
-        )
+        return tokens.regrouped(features, segment, pooled_layout, patches, proportional=self.proportional)
 
     @staticmethod
     def _pooled_layout(starts: Tensor, layout: Layout, fixed: int | None) -> Layout:
@@ -126,11 +117,3 @@ def place_in_batch(order: Tensor, layout: Layout) -> Tensor:
     prefix = torch.arange(layout.num_prefix, device=order.device)
     within = torch.cat((prefix, order + layout.num_prefix))
     return (layout.first[:, None] + within).reshape(-1)
-
-
-def _follow(tokens: Tokens, segment: Tensor, pooled: Layout) -> Tensor:
-    """Where each original patch went, given the segment of each token that it might have been in."""
-    image = tokens.patches.image
-    token = tokens.layout.first[image] + tokens.num_prefix + tokens.source.clamp(min=0)
-    place = segment[token] - pooled.first[image] - pooled.num_prefix
-    return torch.where(tokens.source < 0, tokens.source, place)
