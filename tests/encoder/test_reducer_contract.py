@@ -30,6 +30,7 @@ REDUCERS = [
     pytest.param(sensitive, id="sensitivity"),
     pytest.param(dynamic(budget="fixed"), id="dynamic-fixed"),
     pytest.param(dynamic(estimator="symmetric"), id="dynamic-symmetric"),
+    pytest.param(dynamic(router="cosine", estimator="gate"), id="dynamic-gate"),
     pytest.param(dynamic(rate="binomial", estimator="symmetric"), id="dynamic-binomial"),
     pytest.param(dynamic(rate="ratio", estimator="dtp"), id="dynamic-ratio"),
     pytest.param(dynamic(rate="band", estimator="symmetric"), id="dynamic-band"),

@@ -74,6 +74,19 @@ def test_symmetric_vote_equals_its_definition(lengths, rate, seed):
     torch.testing.assert_close(starts.grad, -votes.detach(), rtol=1e-9, atol=1e-9)
 
 
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=3), st.floats(0, 1), st.integers(0, 99))
+def test_gate_equals_multiplying_pooled_tokens_by_a_confidence_of_one(lengths, rate, seed):
+    hidden, hard, size, opening = pack(lengths, rate, seed)
+    segments = Segments.of(hard, int(hard.sum()), size, opening)
+    starts, confidence = hard.clone().requires_grad_(), hard.clone().requires_grad_()
+    pooled = pool_segments(hidden, starts, segments, estimator="gate")
+    grad = torch.randn(pooled.shape, dtype=torch.float64)
+    pooled.backward(grad)
+    (pooled.detach() * confidence[hard > 0.5][:, None]).backward(grad)
+    torch.testing.assert_close(starts.grad, confidence.grad.masked_fill(opening, 0.0))
+
+
 def test_order_reads_the_tokens_in_another_sequence():
     hidden, hard, size, opening = pack([9], 0.4, 3)
     order = torch.tensor([0, 3, 1, 2, 8, 7, 6, 5, 4])
@@ -109,5 +122,5 @@ def test_constant_tokens_survive_in_bfloat16():
 
 def test_unknown_estimator_is_refused():
     hidden, hard, size, opening = pack([4], 0.5, 0)
-    with pytest.raises(ValueError, match="expected one of dtp, symmetric"):
+    with pytest.raises(ValueError, match="expected one of dtp, symmetric, gate"):
         pool_segments(hidden, hard, Segments.of(hard, int(hard.sum()), size, opening), estimator="hope")

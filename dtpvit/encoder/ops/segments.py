@@ -15,7 +15,7 @@ from torch.nn.functional import embedding_bag
 
 _ROWS_AT_ONCE = 1024  # on a CPU a product of so many rows stays in the cache
 
-__all__ = ["ESTIMATORS", "Segments", "dtp_vote", "pool_segments", "segment_ids", "symmetric_vote"]
+__all__ = ["ESTIMATORS", "Segments", "dtp_vote", "gate_vote", "pool_segments", "segment_ids", "symmetric_vote"]
 
 
 def segment_ids(starts: Tensor) -> Tensor:
@@ -122,7 +122,17 @@ def symmetric_vote(pull: Tensor, grad: Tensor, pooled: Tensor, segments: Segment
     return -vote.masked_fill(segments.opening, 0.0)
 
 
-ESTIMATORS: dict[str, Vote] = {"dtp": dtp_vote, "symmetric": symmetric_vote}
+def gate_vote(pull: Tensor, grad: Tensor, pooled: Tensor, segments: Segments) -> Tensor:
+    """<g_s, p_s> where segment s begins, zero elsewhere; shapes as in :func:`dtp_vote`.
+
+    As if each pooled token were multiplied by the confidence in its boundary, rounded up to one in value (the
+    straight-through gate of Hwang, Wang and Gu, "Dynamic Chunking for End-to-End Hierarchical Sequence Modeling", 2025).
+    """
+    vote = pull.new_zeros(pull.shape).index_copy(0, segments.begin, (grad * pooled).sum(1).to(pull.dtype))
+    return vote.masked_fill(segments.opening, 0.0)
+
+
+ESTIMATORS: dict[str, Vote] = {"dtp": dtp_vote, "symmetric": symmetric_vote, "gate": gate_vote}
 
 
 class _PoolSegments(torch.autograd.Function):
@@ -176,8 +186,8 @@ def pool_segments(features: Tensor, starts: Tensor, segments: Segments, *, estim
         features: Shape (T, D), packed order.
         starts: Straight-through starts in line order: zero or one in value, differentiable, shape (T,).
         segments: The partition that ``starts`` describes.
-        estimator: What gradient ``starts`` gets: ``"symmetric"`` (:func:`symmetric_vote`) or ``"dtp"``
-            (:func:`dtp_vote`).
+        estimator: What gradient ``starts`` gets: ``"symmetric"`` (:func:`symmetric_vote`), ``"dtp"``
+            (:func:`dtp_vote`) or ``"gate"`` (:func:`gate_vote`).
 
     Returns:
         Shape (S, D). The gradient of ``features`` is exact; O(T * D) in time and memory, no (T, S) matrix.

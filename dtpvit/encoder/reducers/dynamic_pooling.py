@@ -48,8 +48,8 @@ class DynamicPooling(BoundaryPooling):
             (:mod:`dtpvit.encoder.reducers.routers`); the last two are exact and have a fixed budget, the third has
             nothing to train and the fourth is fitted in closed form.
         estimator: How the task teaches the predictor: ``"regression"`` of the symmetric votes
-            (:mod:`dtpvit.encoder.ops.regression`), or straight through ``"symmetric"`` votes or ``"dtp"``'s
-            averaging weights (:mod:`dtpvit.encoder.ops.segments`).
+            (:mod:`dtpvit.encoder.ops.regression`), or straight through ``"symmetric"`` votes, ``"dtp"``'s
+            averaging weights or H-Net's ``"gate"`` (:mod:`dtpvit.encoder.ops.segments`).
         rate: What holds the mean rate: ``"quantile"``, the threshold is the quantile of the whole batch's noisy logits
             that gives it, over all ranks; or one of the published losses ``"binomial"`` (a prior on each image's
             count), ``"ratio"`` (H-Net's, on this process's batch) and ``"band"`` (a hinge on each image's rate), with
@@ -75,7 +75,7 @@ class DynamicPooling(BoundaryPooling):
         *,
         compression: float,
         router: Literal["mlp", "cosine", "minimum_variance", "sensitivity"] = "mlp",
-        estimator: Literal["regression", "symmetric", "dtp"] = "regression",
+        estimator: Literal["regression", "symmetric", "dtp", "gate"] = "regression",
         rate: Literal["quantile", "binomial", "ratio", "band"] = "quantile",
         rate_weight: float = 1.0,
         band: float = 0.2,
