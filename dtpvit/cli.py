@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dtpvit import __version__
 from dtpvit.errors import UserError
@@ -45,6 +45,11 @@ COMMANDS = {
             "models",
             "names of ours, of open_clip's or of timm's, YAMLs of a task, checkpoints, exported folders",
         ),
+    ),
+    "adapt": Command(
+        "make a pretrained encoder cheaper, no labels: MODEL --images DIR [--compression C] [--before B] [--out FILE]",
+        "dtpvit.tasks.adapt:adapt",
+        positional=("model", "timm's or open_clip's name of a Vision Transformer"),
     ),
     "export": Command(
         "write a checkpoint as a folder that open_clip loads (--out), or as ONNX (--onnx)",
@@ -152,7 +157,8 @@ def _call(name: str, target: str, positional: tuple[str, str] | None, arguments:
     if positional is not None:
         parameter, text = positional
         taken.add(parameter)
-        parser.add_argument(parameter, nargs="+", type=str, metavar=parameter.removesuffix("s").upper(), help=text)
+        many: dict[str, Any] = {"nargs": "+"} if parameter.endswith("s") else {}
+        parser.add_argument(parameter, type=str, metavar=parameter.removesuffix("s").upper(), help=text, **many)
     parser.add_function_arguments(component, as_group=False, skip=taken, fail_untyped=False)
     component(**parser.parse_args(arguments).as_dict())
 

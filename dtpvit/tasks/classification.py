@@ -18,6 +18,7 @@ from dtpvit.errors import UserError
 from dtpvit.evaluation.cost import image_macs
 from dtpvit.interop.dense_weights import load_dense
 from dtpvit.interop.image_models import image_model, pixel_statistics, vision_config
+from dtpvit.tasks.adaptation import dense_output, divergence
 from dtpvit.tasks.classification_options import check_labels, check_options, with_options
 from dtpvit.tasks.classification_validation import ClassificationValidation
 from dtpvit.tasks.distillation import Teacher, TeacherOptions
@@ -45,7 +46,8 @@ class Classification(ImageTask):
         num_classes: At least 2.
         init: Dense weights to start from: a file (a checkpoint of ours too, of which the image tower is taken), a timm
             model name, or open_clip's ``MODEL:TAG``. Its classifier is kept where its shape fits.
-        mode: ``"linear_probe"``: the head learns on the frozen trunk's features; ``"frozen"``: head and reducers learn
+        mode: ``"adapt"``: the reducers learn to keep the logits of the same model without them, from no label;
+            ``"linear_probe"``: the head learns on the frozen trunk's features; ``"frozen"``: head and reducers learn
             inside the frozen trunk; ``"finetune"``: everything learns.
         cache_features: In linear probing, encode every image once only (:class:`.feature_cache.FeatureCache`); the
             data module must not augment (``augments``, if it has that attribute, says whether it does).
@@ -179,7 +181,10 @@ class Classification(ImageTask):
         images, target = self.mixing(self.normalise(batch["image"]), batch["label"], batch.get("mix_seed", 0))
         encoding = self._encode(images, batch.get("seed"))
         logits = self.model.head(encoding.pooled)
-        loss = self._classification_loss(logits, target)
+        if self.mode == "adapt":
+            loss = divergence(logits, dense_output(self.model, images, self.model.head), classes=True).mean()
+        else:
+            loss = self._classification_loss(logits, target)
         if self._teacher is not None:
             pixels = (images * self.pixel_std + self.pixel_mean) / 255
             loss, parts = self._teacher.teach(loss, logits, encoding, pixels)

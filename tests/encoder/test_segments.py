@@ -37,9 +37,10 @@ def test_mean_and_dtp_gradients_equal_the_einsum_formula_in_float64(lengths, rat
     hidden, hard, size, opening = pack(lengths, rate, seed)
     fast_h, slow_h = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
     fast_b, slow_b = hard.clone().requires_grad_(), hard.clone().requires_grad_()
-    segments = Segments.of(hard, int(hard.sum()), size, opening)
+    fast_s, slow_s = size.clone().requires_grad_(), size.clone().requires_grad_()
+    segments = Segments.of(hard, int(hard.sum()), fast_s, opening)
     pooled = pool_segments(fast_h, fast_b, segments, estimator="dtp")
-    parts = zip(slow_h.split(lengths), slow_b.split(lengths), size.split(lengths), strict=True)
+    parts = zip(slow_h.split(lengths), slow_b.split(lengths), slow_s.split(lengths), strict=True)
     expected = torch.cat([einsum_mean(*part) for part in parts])
     torch.testing.assert_close(pooled, expected, rtol=1e-13, atol=1e-13)
     weight = torch.randn(pooled.shape, dtype=torch.float64)
@@ -47,6 +48,7 @@ def test_mean_and_dtp_gradients_equal_the_einsum_formula_in_float64(lengths, rat
     (expected * weight).sum().backward()
     torch.testing.assert_close(fast_h.grad, slow_h.grad, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(fast_b.grad, slow_b.grad, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(fast_s.grad, slow_s.grad, rtol=1e-10, atol=1e-10)
 
 
 @settings(max_examples=30, deadline=None)
