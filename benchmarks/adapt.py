@@ -15,9 +15,10 @@ from torch import Tensor
 from benchmarks.record import heading, pages, table
 from dtpvit.datamodules.labelled import LabelledLoader
 from dtpvit.datamodules.labelled_index import index_labelled
+from dtpvit.evaluation.agreement import outcome
 from dtpvit.evaluation.arguments import chosen_device
 from dtpvit.interop.pretrained import load_pretrained
-from dtpvit.tasks.adapt import adapt_encoder, outcome
+from dtpvit.tasks.adaptation import adapt_encoder
 
 _WHAT = """\
 {model}, one pooling step, patches in Hilbert order, every image the same number of tokens, size-proportional attention.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,27 +10,21 @@ from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import TQDMProgressBar
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from torch.utils.data import DataLoader, RandomSampler
 
 from dtpvit.datamodules.real_images import real_images
 from dtpvit.datamodules.transforms import eval_transform
-from dtpvit.encoder import VisionEncoder
-from dtpvit.encoder.reducers.routers import SensitivityWeights
 from dtpvit.errors import UserError
+from dtpvit.evaluation.agreement import Outcome, outcome, placed
 from dtpvit.evaluation.arguments import chosen_device, output_file
-from dtpvit.evaluation.cost import image_macs
 from dtpvit.evaluation.measuring import alternate, machine
 from dtpvit.interop.pretrained import Pretrained, load_pretrained
-from dtpvit.tasks.adaptation import Adaptation, divergence
-from dtpvit.tasks.sensitivity import fit_sensitivity
+from dtpvit.tasks.adaptation import adapt_encoder
 
-__all__ = ["Outcome", "adapt", "adapt_encoder", "outcome"]
+__all__ = ["adapt"]
 
-logger = logging.getLogger(__name__)
 FEWEST = 16
 
 
@@ -137,149 +129,13 @@ class _Loader:
         return load_pretrained(self.model, self.init, {} if router == "dense" else made, mean=self.mean, std=self.std)
 
 
-def adapt_encoder(
-    pretrained: Pretrained,
-    images: Tensor,
-    *,
-    steps: int = 150,
-    batch_size: int = 32,
-    learning_rate: float = 3e-3,
-    seed: int = 0,
-    device: torch.device | str = "cpu",
-) -> Pretrained:
-    """Fit and teach the reducers of a pretrained model, in place.
-
-    Args:
-        pretrained: With reducers that learn, best with the router ``local`` and the estimator ``imitation``.
-        images: Unlabelled, uint8, shape (N, 3, H, W).
-        steps: Optimizer steps; 0 only fits the weights.
-        batch_size: Images a step.
-        learning_rate: Highest.
-        seed: Of the order of images, of which are mirrored, and of the draws of the fit.
-        device: Where to train; the model is left on the CPU.
-
-    Returns:
-        ``pretrained``, in evaluation mode.
-    """
-    place = torch.device(device)
-    torch.manual_seed(seed)
-    task = Adaptation(pretrained, learning_rate=learning_rate).to(place)
-    pretrained.model.eval()
-    if any(isinstance(module, SensitivityWeights) for module in pretrained.trunk.modules()):
-        batches = [task.normalise(batch.to(place)) for batch in images.split(batch_size)]
-        shares = fit_sensitivity(
-            pretrained.trunk,
-            batches,
-            head=pretrained.head,
-            classes=pretrained.num_classes > 0,
-            generator=torch.Generator(place).manual_seed(seed),
-        )
-        for block, share in shares.items():
-            logger.info("block %d: the fit explains %.0f %% of how much tokens matter", block, 100 * share)
-    if steps:
-        _train(task, images, steps, batch_size, seed, place)
-    pretrained.model.to("cpu").eval()
-    return pretrained
-
-
-def _train(task: Adaptation, images: Tensor, steps: int, batch_size: int, seed: int, device: torch.device) -> None:
-    size = min(batch_size, len(images))
-    # One epoch of as many steps as asked for: the images in a new order each time they run out.
-    sampler = RandomSampler(images, num_samples=steps * size, generator=torch.Generator().manual_seed(seed))  # pyright: ignore
-    loader = DataLoader(images, batch_size=size, sampler=sampler)  # pyright: ignore[reportArgumentType]
-    for meant in ("many workers", "in eval mode at the start", "`isinstance.treespec, LeafSpec.` is deprecated"):
-        warnings.filterwarnings("ignore", message=f".*{meant}")
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    trainer = lightning.Trainer(
-        max_steps=steps,
-        accelerator="cpu" if device.type == "cpu" else "auto",
-        devices=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        gradient_clip_val=1.0,
-        callbacks=[TQDMProgressBar(leave=True)],
-    )
-    trainer.fit(task, loader)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of a dense encoder's output.
-
-    Attributes:
-        far: Mean divergence, see :func:`dtpvit.tasks.adaptation.divergence`.
-        agreement: Share of images with the same first class; None for features.
-        top1: Share of images whose first class is their label; None without labels.
-        gmacs: Of an image, mean.
-        tokens: Of an image behind the last reducer, prefix included, mean.
-    """
-
-    far: float
-    agreement: float | None
-    top1: float | None
-    gmacs: float
-    tokens: float
-
-
-@torch.no_grad()
-def outcome(
-    candidate: Pretrained,
-    dense: Pretrained,
-    images: Tensor,
-    device: torch.device | str,
-    *,
-    labels: Tensor | None = None,
-    batch_size: int = 32,
-) -> Outcome:
-    """Compare a pooled model with the dense one.
-
-    Args:
-        candidate: The pooled one.
-        dense: The dense one.
-        images: uint8, shape (N, 3, H, W).
-        device: Where to compute; both models are moved there.
-        labels: Shape (N,), where accuracy is wanted.
-        batch_size: Images at a time.
-    """
-    encode, reference = _encoder(candidate, device), _encoder(dense, device)
-    outputs, wanted, macs, tokens = [], [], [], []
-    for batch in images.split(batch_size):
-        pixels = candidate.normalise(batch.to(device))
-        found, encoding = encode(pixels)
-        outputs.append(found)
-        wanted.append(reference(pixels)[0])
-        macs.append(image_macs(candidate.trunk, encoding, found.shape[1]))
-        tokens.append(encoding.tokens.lengths.float())
-    found, target = torch.cat(outputs), torch.cat(wanted)
-    classes = dense.num_classes > 0
-    first = found.argmax(1)
-    return Outcome(
-        far=divergence(found, target, classes=classes).mean().item(),
-        agreement=(first == target.argmax(1)).float().mean().item() if classes else None,
-        top1=None if labels is None else (first.cpu() == labels).float().mean().item(),
-        gmacs=torch.cat(macs).mean().item() / 1e9,
-        tokens=torch.cat(tokens).mean().item(),
-    )
-
-
-def _encoder(pretrained: Pretrained, device: torch.device | str) -> Callable[[Tensor], Any]:
-    pretrained.model.to(device).eval()
-
-    def encode(images: Tensor) -> Any:
-        encoding = VisionEncoder.forward(pretrained.trunk, images)
-        return pretrained.head(encoding.pooled), encoding
-
-    return encode
-
-
 def _speeds(candidates: dict[str, Pretrained], images: Tensor, device: torch.device, rounds: int) -> dict[str, float]:
     """Images/s of each, measured in turn."""
     if not rounds:
         return {}
     steps: dict[str, Callable[[], object]] = {}
     for name, candidate in candidates.items():
-        encode, pixels = _encoder(candidate, device), candidate.normalise(images.to(device))
+        encode, pixels = placed(candidate, device), candidate.normalise(images.to(device))
         steps[name] = torch.no_grad()(lambda encode=encode, pixels=pixels: encode(pixels))
     return {name: len(images) / median(s) for name, s in alternate(steps, device, rounds=rounds).items()}
 

@@ -2,47 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+import warnings
 from typing import Any
 
+import lightning
 import torch
+from lightning.pytorch.callbacks import TQDMProgressBar
 from torch import Tensor
-from torch.nn.functional import kl_div, log_softmax, normalize
+from torch.utils.data import DataLoader, RandomSampler
 
 from dtpvit.encoder import DualEncoder, VisionEncoder
+from dtpvit.encoder.reducers.routers import SensitivityWeights
 from dtpvit.errors import UserError
+from dtpvit.evaluation.agreement import dense_output, divergence
 from dtpvit.interop.pretrained import Pretrained
 from dtpvit.tasks.image_task import ImageTask
 from dtpvit.tasks.learning_modes import train_reducers
 from dtpvit.tasks.optimization import warmup_cosine
+from dtpvit.tasks.sensitivity import fit_sensitivity
 
-__all__ = ["Adaptation", "dense_output", "divergence"]
+__all__ = ["Adaptation", "adapt_encoder"]
 
-Head = Callable[[Tensor], Tensor]
-
-
-@torch.no_grad()
-def dense_output(trunk: VisionEncoder, images: Tensor, head: Head) -> Tensor:
-    """What the encoder gives if none of its reducers acts; shape (B, ...) as of ``head``."""
-    tokens = trunk.embed(images)
-    for block in trunk.blocks:
-        tokens = block(tokens)
-    return head(trunk.read_out(tokens.with_features(trunk.norm(tokens.features))))
-
-
-def divergence(found: Tensor, dense: Tensor, *, classes: bool) -> Tensor:
-    """How far an output moved, of each image, shape (B,).
-
-    Args:
-        found: Of the pooled encoder, shape (B, D).
-        dense: Of the dense one, likewise.
-        classes: Whether they are logits, whose Kullback-Leibler divergence is taken, in nats; of features it is 1 - the
-            cosine.
-    """
-    if classes:
-        ours, theirs = log_softmax(found.float(), dim=1), log_softmax(dense.float(), dim=1)
-        return kl_div(ours, theirs, reduction="none", log_target=True).sum(1)
-    return 1 - (normalize(found.float(), dim=1) * normalize(dense.float(), dim=1)).sum(1)
+logger = logging.getLogger(__name__)
 
 
 class Adaptation(ImageTask):
@@ -102,3 +84,69 @@ class Adaptation(ImageTask):
         total = int(self.trainer.estimated_stepping_batches)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_cosine(total // 10, total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def adapt_encoder(
+    pretrained: Pretrained,
+    images: Tensor,
+    *,
+    steps: int = 150,
+    batch_size: int = 32,
+    learning_rate: float = 3e-3,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> Pretrained:
+    """Fit and teach the reducers of a pretrained model, in place.
+
+    Args:
+        pretrained: With reducers that learn, best with the router ``local`` and the estimator ``imitation``.
+        images: Unlabelled, uint8, shape (N, 3, H, W).
+        steps: Optimizer steps; 0 only fits the weights.
+        batch_size: Images a step.
+        learning_rate: Highest.
+        seed: Of the order of images, of which are mirrored, and of the draws of the fit.
+        device: Where to train; the model is left on the CPU.
+
+    Returns:
+        ``pretrained``, in evaluation mode.
+    """
+    place = torch.device(device)
+    torch.manual_seed(seed)
+    task = Adaptation(pretrained, learning_rate=learning_rate).to(place)
+    pretrained.model.eval()
+    if any(isinstance(module, SensitivityWeights) for module in pretrained.trunk.modules()):
+        batches = [task.normalise(batch.to(place)) for batch in images.split(batch_size)]
+        shares = fit_sensitivity(
+            pretrained.trunk,
+            batches,
+            head=pretrained.head,
+            classes=pretrained.num_classes > 0,
+            generator=torch.Generator(place).manual_seed(seed),
+        )
+        for block, share in shares.items():
+            logger.info("block %d: the fit explains %.0f %% of how much tokens matter", block, 100 * share)
+    if steps:
+        _train(task, images, steps, batch_size, seed, place)
+    pretrained.model.to("cpu").eval()
+    return pretrained
+
+
+def _train(task: Adaptation, images: Tensor, steps: int, batch_size: int, seed: int, device: torch.device) -> None:
+    size = min(batch_size, len(images))
+    # One epoch of as many steps as asked for: the images in a new order each time they run out.
+    sampler = RandomSampler(images, num_samples=steps * size, generator=torch.Generator().manual_seed(seed))  # pyright: ignore
+    loader = DataLoader(images, batch_size=size, sampler=sampler)  # pyright: ignore[reportArgumentType]
+    for meant in ("many workers", "in eval mode at the start", "`isinstance.treespec, LeafSpec.` is deprecated"):
+        warnings.filterwarnings("ignore", message=f".*{meant}")
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    trainer = lightning.Trainer(
+        max_steps=steps,
+        accelerator="cpu" if device.type == "cpu" else "auto",
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        gradient_clip_val=1.0,
+        callbacks=[TQDMProgressBar(leave=True)],
+    )
+    trainer.fit(task, loader)

@@ -15,10 +15,10 @@ from torch.nn.functional import cross_entropy
 from dtpvit.encoder import Encoding, VisionEncoder
 from dtpvit.encoder.ops.noise import draw_seeds
 from dtpvit.errors import UserError
+from dtpvit.evaluation.agreement import dense_output, divergence
 from dtpvit.evaluation.cost import image_macs
 from dtpvit.interop.dense_weights import load_dense
 from dtpvit.interop.image_models import image_model, pixel_statistics, vision_config
-from dtpvit.tasks.adaptation import dense_output, divergence
 from dtpvit.tasks.classification_options import check_labels, check_options, with_options
 from dtpvit.tasks.classification_validation import ClassificationValidation
 from dtpvit.tasks.distillation import Teacher, TeacherOptions

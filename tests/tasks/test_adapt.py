@@ -13,9 +13,9 @@ from dtpvit.encoder import Tokens
 from dtpvit.encoder.reducers import DynamicPooling, Evidence
 from dtpvit.encoder.reducers.routers import exact_starts
 from dtpvit.errors import UserError
+from dtpvit.evaluation.agreement import dense_output, divergence, outcome
 from dtpvit.interop.pretrained import load_pretrained
-from dtpvit.tasks.adapt import adapt_encoder, outcome
-from dtpvit.tasks.adaptation import dense_output, divergence
+from dtpvit.tasks.adaptation import adapt_encoder
 from dtpvit.tasks.classification import Classification
 
 NAME = "vit_tiny_patch32_224"
