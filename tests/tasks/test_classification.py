@@ -30,13 +30,14 @@ pytestmark = [
 # Modes
 
 
-@pytest.mark.parametrize("mode", ["linear_probe", "frozen", "finetune"])
+@pytest.mark.parametrize("mode", ["adapt", "linear_probe", "frozen", "finetune"])
 def test_each_mode_changes_its_own_parameters_and_no_bit_of_others(mode):
     module = labelled.task(mode=mode, model=labelled.config(drop_path=0.5), weight_decay=0.5)
     before = labelled.weights(module)
     labelled.fit(module, callbacks=[WeightAverage(0.5)])
     names = {name for name, _ in module.model.named_parameters()}
     expected = {
+        "adapt": {n for n in names if n.startswith("reducers.")},
         "linear_probe": {"head.weight", "head.bias"},
         "frozen": {n for n in names if n.startswith(("head.", "reducers."))},
         "finetune": names,
@@ -44,10 +45,11 @@ def test_each_mode_changes_its_own_parameters_and_no_bit_of_others(mode):
     assert labelled.changed(module, before) == expected[mode]
     calibrated = "reducers.1.boundary_calibration.boundary_threshold"
     assert module.state_dict()[calibrated].isnan() == (mode == "linear_probe")
-    if mode == "frozen":
+    if mode in ("adapt", "frozen"):
         module.train()
         learning = {name for name, part in module.model.named_modules() if part.training}
-        assert {"reducers.1", "head"} < learning and not any(name.startswith(("blocks", "norm")) for name in learning)
+        assert "reducers.1" in learning and ("head" in learning) == (mode == "frozen")
+        assert not any(name.startswith(("blocks", "norm")) for name in learning)
 
 
 def test_linear_probing_is_the_same_with_and_without_the_cache(monkeypatch):
@@ -167,7 +169,7 @@ def test_labels_are_smoothed_once_whether_mixed_or_not(binary):
 # Two processes
 
 
-@pytest.mark.parametrize("mode", ["linear_probe", "frozen", "finetune"])
+@pytest.mark.parametrize("mode", ["adapt", "linear_probe", "frozen", "finetune"])
 def test_two_processes_equal_one(mode, tmp_path):
     """Weights after an epoch, and validation of 13 images, which the ranks share unequally."""
     found = []
@@ -198,7 +200,7 @@ def test_two_processes_equal_one(mode, tmp_path):
     ("options", "message"),
     [
         ({"num_classes": 1}, "num_classes is 1; expected at least 2"),
-        ({"mode": "probe"}, "mode is 'probe'; expected one of linear_probe, frozen, finetune"),
+        ({"mode": "probe"}, "mode is 'probe'; expected one of adapt, linear_probe, frozen, finetune"),
         ({"model": "vit_teeny_patch16_224"}, "no encoder is called 'vit_teeny_patch16_224'"),
         ({"model": {"preset": "vit_tiny_patch16_224", "widht": 3}}, "the vision config does not build"),
         ({"label_smoothing": 1.0}, "label_smoothing is 1.0"),
@@ -209,6 +211,8 @@ def test_two_processes_equal_one(mode, tmp_path):
         ({"cache_features": True, "mode": "linear_probe", "mixing": {"mixup": 1.0}}, "leave out mixing and teacher"),
         ({"compression_warmup": 5, "mode": "linear_probe"}, "which linear_probe keeps"),
         ({"compression_warmup": 5, "model": labelled.config(reducers={})}, "no reducer has a compression"),
+        ({"mode": "adapt", "model": labelled.config(reducers={})}, "nothing to learn"),
+        ({"mode": "adapt", "mixing": {"mixup": 1.0}}, "leave out mixing and teacher"),
         ({"teacher": {"model": "vit_tiny_patch16_224"}}, "expected model, and init"),
     ],
 )
