@@ -17,7 +17,7 @@ from dtpvit.encoder.ops.noise import draw_seeds
 from dtpvit.errors import UserError
 from dtpvit.evaluation.cost import image_macs
 from dtpvit.interop.dense_weights import load_dense
-from dtpvit.interop.image_models import image_model, pixel_statistics, vision_config
+from dtpvit.interop.image_models import create_classifier
 from dtpvit.tasks.classification_options import check_labels, check_options, with_options
 from dtpvit.tasks.classification_validation import ClassificationValidation
 from dtpvit.tasks.distillation import Teacher, TeacherOptions
@@ -100,11 +100,11 @@ class Classification(ImageTask):
         self.save_hyperparameters()
         self.mode: Mode = mode
         self.num_classes = num_classes
-        self.model = image_model(model, num_classes)
+        built = create_classifier(model, num_classes, mean, std)
+        self.model = built.model
         self.model.set_grad_checkpointing(grad_checkpointing)
         freeze(self.model, mode)
-        default_mean, default_std = pixel_statistics(vision_config(model))
-        self.prepare(mean or default_mean, std or default_std, max_nonfinite)
+        self.prepare(built.mean, built.std, max_nonfinite)
         self.mixing = with_options(Mixing, mixing, num_classes, smoothing=label_smoothing)
         check_options(self.hparams)
         self.compression = CompressionWarmup(self.model, compression_warmup)
