@@ -48,7 +48,8 @@ class Classification(ImageTask):
         mode: ``"linear_probe"``: the head learns on the frozen trunk's features; ``"frozen"``: head and reducers learn
             inside the frozen trunk; ``"finetune"``: everything learns.
         cache_features: In linear probing, encode every image once only (:class:`.feature_cache.FeatureCache`); the
-            data module must not augment (``augments``, if it has that attribute, says whether it does).
+            data module must not augment (``augments``, if it has that attribute, says whether it does), which
+            :class:`dtpvit.datamodules.labelled_images.LabelledImages` leaves with ``augment: false``.
         mean: Channel means on [0, 1]; None takes those of the model's preset.
         std: Channel standard deviations, likewise.
         learning_rate: Of the head, at the end of the warm-up.
@@ -148,7 +149,10 @@ class Classification(ImageTask):
         if self.hparams["cache_features"]:
             data: Any = getattr(self.trainer, "datamodule", None)
             if getattr(data, "augments", False):
-                raise UserError("cache_features needs images that stay the same; switch the data's augmentation off")
+                raise UserError(
+                    "cache_features needs images that stay the same in every epoch, and the data module augments them; "
+                    "switch its augmentation off (LabelledImages: --data.init_args.augment false), or cache_features"
+                )
             self._cache, self._epochs_seen = FeatureCache(), 0
 
     def on_train_start(self) -> None:
