@@ -17,7 +17,7 @@ from dtpvit.interop.create import build_clip
 from dtpvit.interop.model_config import NAMES, PATTERN, from_open_clip, model_config
 from dtpvit.interop.weight_files import read_checkpoint, state_of
 
-__all__ = ["LoadedClip", "Tokenize", "chosen_model", "load_clip", "load_state"]
+__all__ = ["LoadedClip", "Tokenize", "chosen_model", "is_classifier", "load_clip", "load_state"]
 
 
 class Tokenize:
@@ -66,6 +66,11 @@ class LoadedClip:
     resize_mode: str = "shortest"
 
 
+def is_classifier(content: Mapping[str, Any]) -> bool:
+    """Whether the content of a checkpoint is that of the classification task: it alone records a number of classes."""
+    return "num_classes" in (content.get("hyper_parameters") or {})
+
+
 def chosen_model(model: str | Mapping[str, Any] | None, content: dict[str, Any] | None, source: object) -> Any:
     """The name that was given, else the name or config that a checkpoint of ours records.
 
@@ -75,8 +80,12 @@ def chosen_model(model: str | Mapping[str, Any] | None, content: dict[str, Any] 
         source: The checkpoint, for the message.
 
     Raises:
-        UserError: If neither says it.
+        UserError: If neither says it, or the checkpoint is one of a classifier.
     """
+    if is_classifier(content or {}):
+        raise UserError(
+            f"checkpoint {source} is of a classifier; expected one of a dual encoder, the contrastive task's"
+        )
     spec = model if model is not None else (content or {}).get("hyper_parameters", {}).get("model")
     if spec is None:
         raise UserError(f"checkpoint {source} does not record which model it is; give --model NAME")

@@ -18,7 +18,7 @@ from dtpvit.errors import UserError
 from dtpvit.evaluation.agreement import dense_output, divergence
 from dtpvit.evaluation.cost import image_macs
 from dtpvit.interop.dense_weights import load_dense
-from dtpvit.interop.image_models import image_model, pixel_statistics, vision_config
+from dtpvit.interop.image_models import create_classifier
 from dtpvit.tasks.classification_options import check_labels, check_options, with_options
 from dtpvit.tasks.classification_validation import ClassificationValidation
 from dtpvit.tasks.distillation import Teacher, TeacherOptions
@@ -50,7 +50,8 @@ class Classification(ImageTask):
             ``"linear_probe"``: the head learns on the frozen trunk's features; ``"frozen"``: head and reducers learn
             inside the frozen trunk; ``"finetune"``: everything learns.
         cache_features: In linear probing, encode every image once only (:class:`.feature_cache.FeatureCache`); the
-            data module must not augment (``augments``, if it has that attribute, says whether it does).
+            data module must not augment (``augments``, if it has that attribute, says whether it does), which
+            :class:`dtpvit.datamodules.labelled_images.LabelledImages` leaves with ``augment: false``.
         mean: Channel means on [0, 1]; None takes those of the model's preset.
         std: Channel standard deviations, likewise.
         learning_rate: Of the head, at the end of the warm-up.
@@ -102,11 +103,11 @@ class Classification(ImageTask):
         self.save_hyperparameters()
         self.mode: Mode = mode
         self.num_classes = num_classes
-        self.model = image_model(model, num_classes)
+        built = create_classifier(model, num_classes, mean, std)
+        self.model = built.model
         self.model.set_grad_checkpointing(grad_checkpointing)
         freeze(self.model, mode)
-        default_mean, default_std = pixel_statistics(vision_config(model))
-        self.prepare(mean or default_mean, std or default_std, max_nonfinite)
+        self.prepare(built.mean, built.std, max_nonfinite)
         self.mixing = with_options(Mixing, mixing, num_classes, smoothing=label_smoothing)
         check_options(self.hparams)
         self.compression = CompressionWarmup(self.model, compression_warmup)
@@ -150,7 +151,10 @@ class Classification(ImageTask):
         if self.hparams["cache_features"]:
             data: Any = getattr(self.trainer, "datamodule", None)
             if getattr(data, "augments", False):
-                raise UserError("cache_features needs images that stay the same; switch the data's augmentation off")
+                raise UserError(
+                    "cache_features needs images that stay the same in every epoch, and the data module augments them; "
+                    "switch its augmentation off (LabelledImages: --data.init_args.augment false), or cache_features"
+                )
             self._cache, self._epochs_seen = FeatureCache(), 0
 
     def on_train_start(self) -> None:

@@ -8,9 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.nn.functional import cross_entropy, one_hot
 from torch.utils.data import DataLoader
 
+from dtpvit.datamodules.labelled_images import LabelledImages
 from dtpvit.encoder import VisionEncoder
 from dtpvit.errors import UserError
 from dtpvit.evaluation.cost import image_macs
@@ -70,11 +72,41 @@ def test_linear_probing_is_the_same_with_and_without_the_cache(monkeypatch):
     assert plain_figures["train/loss"] < 0.9 * math.log(labelled.CLASSES)  # what was compared has learned something
 
 
-@pytest.mark.parametrize(("says_so", "message"), [(True, "switch the data's augmentation off"), (False, "only images")])
+@pytest.mark.parametrize(("says_so", "message"), [(True, "stay the same in every epoch"), (False, "only images")])
 def test_the_cache_refuses_augmented_images(says_so, message):
     module = labelled.task(mode="linear_probe", cache_features=True)
     with pytest.raises(UserError, match=message):
         labelled.fit(module, labelled.Images(augment=True, says_so=says_so), max_epochs=2)
+
+
+def image_files(root, count, salt):
+    """The generated images as class folders."""
+    for number, (pixels, label) in enumerate(zip(*labelled.images(count, salt), strict=True)):
+        file = root / f"class{label}" / f"{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(file)
+    return str(root)
+
+
+def test_linear_probing_on_files_is_the_same_with_and_without_the_cache(tmp_path, monkeypatch):
+    options = {"train": image_files(tmp_path / "train", 40, 0), "val": image_files(tmp_path / "val", 30, 1)}
+    options |= {"batch_size": 8, "num_workers": 0}
+    encoded = []
+    encode = VisionEncoder.forward
+    monkeypatch.setattr(VisionEncoder, "forward", lambda self, x, **o: encoded.append(len(x)) or encode(self, x, **o))
+    results, spent = [], []
+    for cache in (False, True):
+        encoded.clear()
+        module = labelled.task(mode="linear_probe", cache_features=cache, learning_rate=0.05)
+        figures = labelled.fit(module, LabelledImages(**options, augment=False), max_epochs=3)
+        results.append((labelled.weights(module), figures))
+        spent.append(sum(encoded))
+    (plain, plain_figures), (cached, cached_figures) = results
+    assert spent == [3 * (40 + 30), 40 + 30]
+    labelled.check_same(cached, plain, rtol=1e-5, atol=1e-6)
+    assert cached_figures == pytest.approx(plain_figures, rel=1e-5)
+    with pytest.raises(UserError, match="augment false"):
+        labelled.fit(labelled.task(mode="linear_probe", cache_features=True), LabelledImages(**options))
 
 
 # Validation
@@ -133,8 +165,21 @@ def test_mixing_is_a_function_of_its_seed_and_leaves_the_generators_alone():
     hot = one_hot(labels, labelled.CLASSES) * 0.9 + 0.1 / labelled.CLASSES
     share = (target[0] - hot[5])[0] / (hot[0] - hot[5])[0]  # of the image itself, the rest from its partner
     torch.testing.assert_close(target, share * hot + (1 - share) * hot.flip(0))
-    with pytest.raises(UserError, match="a batch has 5"):
-        mix(pixels[:5], labels[:5], 0)
+
+
+@pytest.mark.parametrize("mode", ["batch", "pair", "elem"])
+@pytest.mark.parametrize("count", [1, 5])
+def test_of_an_odd_batch_the_first_image_stays_and_the_others_are_mixed_in_pairs(mode, count):
+    pixels, labels = torch.randn(count, 3, 8, 8), torch.arange(count)
+    mixed, target = Mixing(labelled.CLASSES, mixup=0.8, mode=mode)(pixels.clone(), labels, 0)
+    hot = one_hot(labels, labelled.CLASSES).float()
+    torch.testing.assert_close(mixed[0], pixels[0])
+    torch.testing.assert_close(target[0], hot[0])
+    for i in range(1, count):
+        share, partner = target[i, i], count - i
+        assert 0 < share < 1
+        torch.testing.assert_close(target[i], share * hot[i] + (1 - share) * hot[partner])
+        torch.testing.assert_close(mixed[i], share * pixels[i] + (1 - share) * pixels[partner])
 
 
 @pytest.mark.parametrize("mixing", [{"mixup": 0.8}, {"cutmix": 1.0}, {"erasing": 1.0}])
