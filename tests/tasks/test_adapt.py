@@ -13,6 +13,7 @@ from dtpvit.encoder import Tokens
 from dtpvit.encoder.reducers import DynamicPooling, Evidence
 from dtpvit.encoder.reducers.routers import exact_starts
 from dtpvit.evaluation.agreement import dense_output, divergence, outcome
+from dtpvit.interop.image_models import load_classifier
 from dtpvit.interop.pretrained import load_pretrained
 from dtpvit.tasks.adaptation import adapt_encoder
 from dtpvit.tasks.classification import Classification
@@ -146,6 +147,7 @@ def test_the_command_writes_a_checkpoint_that_loads(weights, folder, tmp_path, c
     assert main([*command, "--steps", "2", "--batch-size", "8", "--rounds", "1", "--out", out]) == 0
     printed = capsys.readouterr().out
     assert "minimum variance" in printed and "adapted" in printed and "24 images" in printed
+    assert load_classifier(out).model.num_classes == 11
     task = Classification.load_from_checkpoint(out, weights_only=True).eval()
     assert task.num_classes == 11 and sorted(task.model.reducers) == ["3", "7"]
     assert task.model.encode(task.normalise(photos[:2])).tokens.lengths.tolist() == [14, 14]
