@@ -34,11 +34,12 @@ class TrainerCLI(LightningCLI):
     name is ``--name``, or that of the last config file; ``--trainer.default_root_dir`` puts it elsewhere.
 
     Args:
-        command: ``fit``, ``validate``, ``test`` or ``predict``.
+        command: A method of the trainer: ``fit``, ``validate``, ``test`` or ``predict``.
         args: The arguments after the command.
+        trainer_class: Which trainer.
     """
 
-    def __init__(self, command: str, args: list[str]) -> None:
+    def __init__(self, command: str, args: list[str], trainer_class: type[Trainer] = Trainer) -> None:
         self._command = command
         self._say_less()
         super().__init__(
@@ -48,6 +49,7 @@ class TrainerCLI(LightningCLI):
             subclass_mode_data=True,
             save_config_callback=SaveRun if command == "fit" else None,
             save_config_kwargs={"overwrite": True},
+            trainer_class=trainer_class,
             trainer_defaults={"enable_model_summary": False},
             seed_everything_default=0,
             auto_configure_optimizers=False,
@@ -111,7 +113,7 @@ class TrainerCLI(LightningCLI):
         self._resuming = self._check_checkpoint(config.get("ckpt_path"), Path(config.checkpoint.dirpath))
         self._check_init(config)
         if rank_zero_only.rank == 0:
-            writes = self._command == "fit" and not config.trainer.fast_dev_run
+            writes = self._command == "tune" or (self._command == "fit" and not config.trainer.fast_dev_run)
             where = f"-> {self.folder}" if writes else f"of {config.name}"
             print(f"dtpvit {__version__}: {self._command} {where} ({config.trainer.precision})", file=sys.stderr)
 

@@ -34,6 +34,7 @@ COMMANDS = {
     "validate": Command("run a config's validation on a checkpoint: --config FILE --ckpt_path FILE|last"),
     "test": Command("the same on the test data"),
     "predict": Command("run the model over data and hand its outputs to the callbacks of the config"),
+    "tune": Command("find a learning rate or batch size for fit: --config FILE [--find lr|batch_size|both]"),
     "zeroshot": Command(
         "zero-shot classification of a checkpoint: --data DATA --checkpoint FILE",
         "dtpvit.evaluation.zeroshot:zeroshot",
@@ -58,8 +59,8 @@ COMMANDS = {
 }
 
 _SHORTHANDS = """\
-Shorthands of fit, validate, test and predict:
-  --data DATA        a folder, a brace list or a list of shards: --data.init_args.train (other commands: .val)
+Shorthands of fit, validate, test, predict and tune:
+  --data DATA        a folder, a brace list or a list of shards: --data.init_args.train (fit, tune) or .val
   --init FILE        start from these weights: --model.init_args.init
   --precision P      --trainer.precision (unless given: bf16-mixed on a GPU, 32-true on a CPU)
   --name NAME        the run's folder, runs/NAME (unless given: the name of the last --config file)
@@ -114,6 +115,10 @@ def _dispatch(arguments: list[str]) -> int:
     _prepare_process()
     if (target := COMMANDS[name].target) is not None:
         _call(name, target, COMMANDS[name].positional, rest)
+    elif name == "tune":
+        from dtpvit._tune_cli import TuneCLI
+
+        TuneCLI(_expand_shorthands(name, rest))
     else:
         from dtpvit._trainer_cli import TrainerCLI
 
@@ -216,7 +221,7 @@ def _check_config_files(command: str, arguments: list[str]) -> None:
 def _expand_shorthands(command: str, arguments: list[str]) -> list[str]:
     """Replace the shorthands by what they stand for, moved to the end, where no config overrides them."""
     long = {
-        "--data": f"--data.init_args.{'train' if command == 'fit' else 'val'}",
+        "--data": f"--data.init_args.{'train' if command in ('fit', 'tune') else 'val'}",
         "--init": "--model.init_args.init",
         "--precision": "--trainer.precision",
     }

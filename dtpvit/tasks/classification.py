@@ -146,8 +146,6 @@ class Classification(ImageTask):
             self._teacher = with_options(Teacher, options["teacher"], self.model)
 
     def on_fit_start(self) -> None:
-        if self._teacher is not None:
-            self._teacher.to(self.device)
         if self.hparams["cache_features"]:
             data: Any = getattr(self.trainer, "datamodule", None)
             if getattr(data, "augments", False):
@@ -159,6 +157,8 @@ class Classification(ImageTask):
 
     def on_train_start(self) -> None:
         self.train()  # Lightning leaves every part in the mode it was constructed in
+        if self._teacher is not None:  # not when the fit starts: Lightning's tuner trains before that
+            self._teacher.to(self.device)
         super().on_train_start()
 
     def on_fit_end(self) -> None:

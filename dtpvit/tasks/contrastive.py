@@ -57,6 +57,8 @@ class Contrastive(ImageTask):
         UserError: If the model does not build or an argument does not fit.
     """
 
+    learns_from_batch = True
+
     def __init__(
         self,
         model: str | dict[str, Any],
@@ -111,7 +113,8 @@ class Contrastive(ImageTask):
             world_size=world,
         )
 
-    def on_fit_start(self) -> None:
+    def on_train_start(self) -> None:
+        super().on_train_start()
         if self.hparams["accum_freq"] > 1 and self._distributed:
             # The second pass runs outside DDP's forward, so its gradients are averaged here, once.
             self.trainer.strategy.model.require_backward_grad_sync = False  # pyright: ignore

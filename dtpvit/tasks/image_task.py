@@ -19,7 +19,13 @@ __all__ = ["ImageTask"]
 
 
 class ImageTask(lightning.LightningModule):
-    """Base of the tasks. Checkpoints have the names of ``model`` alone, so that open_clip or timm loads them as is."""
+    """Base of the tasks. Checkpoints have the names of ``model`` alone, so that open_clip or timm loads them as is.
+
+    Attributes:
+        learns_from_batch: Whether a sample's loss depends on the others in its batch.
+    """
+
+    learns_from_batch = False
 
     pixel_mean: Tensor
     pixel_std: Tensor
