@@ -31,7 +31,9 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "fit": Command("train, or continue a run: --config FILE [--data DATA] [--init FILE] [--ckpt_path last]"),
-    "validate": Command("run a config's validation on a checkpoint: --config FILE --ckpt_path FILE|last"),
+    "validate": Command(
+        "run a config's validation on a checkpoint: --config FILE --ckpt_path last, or --ckpt_path FILE"
+    ),
     "test": Command("the same on the test data"),
     "predict": Command("run the model over data and hand its outputs to the callbacks of the config"),
     "tune": Command("find a learning rate or batch size for fit: --config FILE [--find lr|batch_size|both]"),
@@ -110,7 +112,7 @@ def _dispatch(arguments: list[str]) -> int:
     # Classes of the user's own project, named in a config by import path; last, so that they shadow nothing.
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
-    rest = [_underscores(argument) for argument in rest]
+    rest = _with_config_of_run(name, [_underscores(argument) for argument in rest])
     _check_config_files(name, rest)
     _prepare_process()
     if (target := COMMANDS[name].target) is not None:
@@ -202,6 +204,17 @@ def _options(arguments: list[str]) -> Iterator[tuple[int, int, str, str]]:
             yield index, 1, option, value
         elif index + 1 < len(arguments):
             yield index, 2, option, arguments[index + 1]
+
+
+def _with_config_of_run(command: str, arguments: list[str]) -> list[str]:
+    """The arguments, with the ``config.yaml`` of a run where its checkpoint is all that says what to do."""
+    if COMMANDS[command].target is not None or any(re.match(_SAYS_WHAT_TO_DO, a) for a in arguments):
+        return arguments
+    for _, _, option, value in _options(arguments):
+        config = Path(value).parent.parent / "config.yaml"
+        if option == "--ckpt_path" and config.is_file():
+            return ["--config", str(config), *arguments]
+    return arguments
 
 
 def _check_config_files(command: str, arguments: list[str]) -> None:

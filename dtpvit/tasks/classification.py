@@ -17,7 +17,6 @@ from dtpvit.encoder.ops.noise import draw_seeds
 from dtpvit.errors import UserError
 from dtpvit.evaluation.agreement import dense_output, divergence
 from dtpvit.evaluation.cost import image_macs
-from dtpvit.interop.dense_weights import load_dense
 from dtpvit.interop.image_models import create_classifier
 from dtpvit.tasks.classification_options import check_labels, check_options, with_options
 from dtpvit.tasks.classification_validation import ClassificationValidation
@@ -27,6 +26,7 @@ from dtpvit.tasks.image_task import ImageTask
 from dtpvit.tasks.learning_modes import CompressionWarmup, Mode, freeze, set_training
 from dtpvit.tasks.mixing import Mixing, MixingOptions, seed_of_batch
 from dtpvit.tasks.optimization import layer_groups, optimizer_and_schedule
+from dtpvit.tasks.skipped_samples import report_unread
 from dtpvit.tasks.token_count import TokenCount
 
 __all__ = ["Classification"]
@@ -139,11 +139,10 @@ class Classification(ImageTask):
         warnings.filterwarnings("ignore", message="You have overridden `on_before_batch_transfer`")
         if stage != "fit":
             return
-        options = self.hparams
-        if options["init"] is not None and self.trainer.ckpt_path is None:
-            logger.info("%s", load_dense(self.model, options["init"]))
-        if options["teacher"] is not None:
-            self._teacher = with_options(Teacher, options["teacher"], self.model)
+        if self.trainer.ckpt_path is None:
+            self.start_from_init()
+        if self.hparams["teacher"] is not None:
+            self._teacher = with_options(Teacher, self.hparams["teacher"], self.model)
 
     def on_fit_start(self) -> None:
         if self.hparams["cache_features"]:
@@ -248,6 +247,8 @@ class Classification(ImageTask):
         stage = "test" if self.trainer.testing else "val"
         for name, value in self.validation.results().items():
             self.log(f"{stage}/{name}", value, prog_bar=name == "acc1")
+        if not self.trainer.sanity_checking:
+            report_unread(self)
 
     on_test_epoch_start = on_validation_epoch_start
     on_test_epoch_end = on_validation_epoch_end
