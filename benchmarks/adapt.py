@@ -46,9 +46,6 @@ METHODS: dict[str, tuple[dict[str, Any], str]] = {
     "local router, symmetric vote": (_pooling(router="local", estimator="symmetric"), "learn"),
     "local router, DTP's estimator": (_pooling(router="local", estimator="dtp"), "learn"),
     "local router, H-Net's gate": (_pooling(router="local", estimator="gate"), "learn"),
-    "MLP router, imitation": (_pooling(router="mlp", estimator="imitation"), "learn"),
-    "MLP router, regressed votes": (_pooling(router="mlp", estimator="regression"), "learn"),
-    "cosine router, regressed votes": (_pooling(router="cosine", estimator="regression"), "learn"),
 }
 
 
@@ -59,7 +56,7 @@ def adapt(
     settings: list[tuple[int, float]] = [(4, 4.0), (4, 2.0), (6, 4.0), (6, 2.0)],  # noqa: B006 (never changed)
     learned: list[tuple[int, float]] = [(4, 4.0)],  # noqa: B006
     limit: int | None = None,
-    steps: int = 100,
+    steps: int = 60,
     batch_size: int = 50,
     device: str = "auto",
     output: str | None = None,
