@@ -36,7 +36,7 @@ def classification(
     init: str,
     rows: list[str] | None = None,
     seeds: list[int] = [0, 1, 2],  # noqa: B006 (never changed)
-    base: str = "base",
+    against: list[str] = ["base", "imitation"],  # noqa: B006
     options: str = "",
     jobs: int = 1,
     runs: str = "runs/evidence",
@@ -50,7 +50,7 @@ def classification(
         init: Its pretrained weights.
         rows: Which rows, all if None; see benchmarks/classification_rows.py.
         seeds: Of each row: weights of the head, order, augmentation, noise.
-        base: The row that the others are compared with.
+        against: The rows that the others are compared with, one table each; those of them that are not run are left out.
         options: More options of `dtpvit fit`, for all rows, as one string.
         jobs: Runs at a time, which share the cores.
         runs: Folder of the runs.
@@ -71,14 +71,13 @@ def classification(
         for made in waiting:
             made.result()
     found = {name: [_read(folder / f"{name}-{seed}") for seed in seeds] for name in wanted}
-    command = shlex.join(_command(recipe, init, ROWS[base], seeds[0], options, folder / f"{base}-{seeds[0]}"))
-    shown = f"Row `{base}`, first seed, is the run below; in the others the reducers or an option differ.\n\n"
-    parts = [
-        heading("What boundaries are worth", place),
-        compared(found, wanted, base),
-        shown + f"```\n{command}\n```\n",
-    ]
-    pages(parts, output)
+    bases = [base for base in against if base in found] or list(found)[:1]
+    tables = [f"## Against `{base}`\n\n{compared(found, wanted, base)}" for base in bases]
+    name = f"{bases[0]}-{seeds[0]}"
+    command = shlex.join(_command(recipe, init, ROWS[bases[0]], seeds[0], options, folder / name))
+    shown = f"Row `{bases[0]}`, first seed, is the run below; in the others the reducers or an option differ.\n\n"
+    title = heading(f"What boundaries are worth: {Path(recipe).stem}", place)
+    pages([title, *tables, shown + f"```\n{command}\n```\n"], output)
 
 
 def _command(recipe: str, init: str, row: Row, seed: int, options: str, folder: Path) -> list[str]:
