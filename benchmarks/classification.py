@@ -50,7 +50,7 @@ def classification(
         init: Its pretrained weights.
         rows: Which rows, all if None; see benchmarks/classification_rows.py.
         seeds: Of each row: weights of the head, order, augmentation, noise.
-        against: The rows that the others are compared with, one table each; those of them that are not run are left out.
+        against: The rows that the others are compared with, one table each; those that are not run are left out.
         options: More options of `dtpvit fit`, for all rows, as one string.
         jobs: Runs at a time, which share the cores.
         runs: Folder of the runs.
