@@ -31,9 +31,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "fit": Command("train, or continue a run: --config FILE [--data DATA] [--init FILE] [--ckpt_path last]"),
-    "validate": Command(
-        "run a config's validation on a checkpoint: --config FILE --ckpt_path last, or --ckpt_path FILE"
-    ),
+    "validate": Command("validate a checkpoint: --ckpt_path FILE, or --config FILE --ckpt_path last"),
     "test": Command("the same on the test data"),
     "predict": Command("run the model over data and hand its outputs to the callbacks of the config"),
     "tune": Command("find a learning rate or batch size for fit: --config FILE [--find lr|batch_size|both]"),
@@ -50,7 +48,7 @@ COMMANDS = {
         ),
     ),
     "adapt": Command(
-        "make a pretrained encoder cheaper, no labels: MODEL --images DIR [--compression C] [--before B] [--out FILE]",
+        "make a pretrained encoder cheaper, no labels: MODEL --images DIR [--compression C]",
         "dtpvit.tasks.adapt:adapt",
         positional=("model", "timm's or open_clip's name of a Vision Transformer"),
     ),
