@@ -22,9 +22,13 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from dtpvit import __version__
 from dtpvit._run_folder import LineProgress, RunCheckpoint, RunLogger, SaveRun, StepSeed
 from dtpvit.errors import UserError
+from dtpvit.tasks.checkpoint_check import check_checkpoint
 from dtpvit.tasks.efficiency import EfficiencyMonitor
+from dtpvit.tasks.image_task import ImageTask
 
 __all__ = ["TrainerCLI"]
+
+logger = logging.getLogger(__name__)
 
 
 class TrainerCLI(LightningCLI):
@@ -34,11 +38,12 @@ class TrainerCLI(LightningCLI):
     name is ``--name``, or that of the last config file; ``--trainer.default_root_dir`` puts it elsewhere.
 
     Args:
-        command: ``fit``, ``validate``, ``test`` or ``predict``.
+        command: A method of the trainer: ``fit``, ``validate``, ``test`` or ``predict``.
         args: The arguments after the command.
+        trainer_class: Which trainer.
     """
 
-    def __init__(self, command: str, args: list[str]) -> None:
+    def __init__(self, command: str, args: list[str], trainer_class: type[Trainer] = Trainer) -> None:
         self._command = command
         self._say_less()
         super().__init__(
@@ -48,6 +53,7 @@ class TrainerCLI(LightningCLI):
             subclass_mode_data=True,
             save_config_callback=SaveRun if command == "fit" else None,
             save_config_kwargs={"overwrite": True},
+            trainer_class=trainer_class,
             trainer_defaults={"enable_model_summary": False},
             seed_everything_default=0,
             auto_configure_optimizers=False,
@@ -108,25 +114,34 @@ class TrainerCLI(LightningCLI):
         config.trainer.precision = config.trainer.precision or default_precision(config.trainer.accelerator)
         if config.get("weights_only") is None and "weights_only" in config:
             config.weights_only = True
-        self._resuming = self._check_checkpoint(config.get("ckpt_path"), Path(config.checkpoint.dirpath))
+        self._checkpoint = self._find_checkpoint(config.get("ckpt_path"), Path(config.checkpoint.dirpath))
+        self._resuming = self._continues(config.get("ckpt_path"))
         self._check_init(config)
         if rank_zero_only.rank == 0:
-            writes = self._command == "fit" and not config.trainer.fast_dev_run
+            writes = self._command == "tune" or (self._command == "fit" and not config.trainer.fast_dev_run)
             where = f"-> {self.folder}" if writes else f"of {config.name}"
+            where += "" if self._checkpoint is None else f" from {self._checkpoint}"
             print(f"dtpvit {__version__}: {self._command} {where} ({config.trainer.precision})", file=sys.stderr)
 
-    def _check_checkpoint(self, path: str | None, folder: Path) -> bool:
-        """Whether this run continues what its folder holds; raises UserError if ``path`` leads nowhere."""
-        if path is None or path in ("best", "hpc") or "://" in path or path.startswith("registry"):
-            return path is not None
+    def _find_checkpoint(self, path: str | None, folder: Path) -> Path | None:
+        """The file behind ``--ckpt_path``, where there is one; raises UserError if it leads nowhere."""
+        if path is None or _is_lightnings(path):
+            return None
         if path == "last":
-            if self._command != "fit" and not any(folder.glob("last*.ckpt")):
+            found = max(folder.glob("last*.ckpt"), key=lambda file: file.stat().st_mtime, default=None)
+            if found is None and self._command != "fit":
                 raise UserError(
                     f"--ckpt_path last found no last.ckpt in {folder}; train this run first or give a file."
                 )
-            return True
+            return found
         if not Path(path).exists():
             raise UserError(f"--ckpt_path names {path!r}, which does not exist; give a checkpoint or `last`.")
+        return Path(path)
+
+    def _continues(self, path: str | None) -> bool:
+        """Whether this run continues what its folder holds."""
+        if path is None or path == "last" or _is_lightnings(path):
+            return path is not None
         return Path(path).resolve().is_relative_to(self.folder.resolve())
 
     def _check_init(self, config: Any) -> None:
@@ -167,12 +182,36 @@ class TrainerCLI(LightningCLI):
         except ValueError as error:  # an accelerator or strategy of that name, say, does not exist
             raise UserError(f"the trainer's settings cannot be used: {error}") from error
 
+    def before_fit(self) -> None:
+        """Refuse a checkpoint that does not fit, before data are looked for."""
+        path = self._checkpoint
+        if path is None or self._get(self.config, "weights_only") is False:
+            return
+        if not any((path / part).exists() for part in ("meta.pt", "checkpoint")):  # FSDP's and DeepSpeed's folders
+            check_checkpoint(path, self.model)
+
+    def before_validate(self) -> None:
+        """The same; without a checkpoint, evaluate the weights that a training would start from, and say so."""
+        self.before_fit()
+        if isinstance(self.model, ImageTask) and self._get(self.config, "ckpt_path") is None:
+            init = self.model.hparams["init"]
+            what = "the model has random weights" if init is None else f"the model starts from {init}"
+            logger.warning("no --ckpt_path was given: %s", what)
+            self.model.start_from_init()
+
+    before_test = before_predict = before_validate
+
     def after_fit(self) -> None:
         """Say where the weights are."""
         callback = self.trainer.checkpoint_callback
         path = getattr(callback, "last_model_path", "") or getattr(callback, "best_model_path", "")
         if path and Path(path).exists() and rank_zero_only.rank == 0:
             print(f"dtpvit: wrote {os.path.relpath(path)}", file=sys.stderr)
+
+
+def _is_lightnings(path: str) -> bool:
+    """Whether a checkpoint is one that only Lightning can find, or that lies on another machine."""
+    return path in ("best", "hpc") or "://" in path or path.startswith("registry")
 
 
 def default_precision(accelerator: object) -> str:

@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dtpvit import __version__
 from dtpvit.errors import UserError
@@ -31,9 +31,10 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "fit": Command("train, or continue a run: --config FILE [--data DATA] [--init FILE] [--ckpt_path last]"),
-    "validate": Command("run a config's validation on a checkpoint: --config FILE --ckpt_path FILE|last"),
+    "validate": Command("validate a checkpoint: --ckpt_path FILE, or --config FILE --ckpt_path last"),
     "test": Command("the same on the test data"),
     "predict": Command("run the model over data and hand its outputs to the callbacks of the config"),
+    "tune": Command("find a learning rate or batch size for fit: --config FILE [--find lr|batch_size|both]"),
     "zeroshot": Command(
         "zero-shot classification of a checkpoint: --data DATA --checkpoint FILE",
         "dtpvit.evaluation.zeroshot:zeroshot",
@@ -46,6 +47,11 @@ COMMANDS = {
             "names of ours, of open_clip's or of timm's, YAMLs of a task, checkpoints, exported folders",
         ),
     ),
+    "adapt": Command(
+        "make a pretrained encoder cheaper, no labels: MODEL --images DIR [--compression C]",
+        "dtpvit.tasks.adapt:adapt",
+        positional=("model", "timm's or open_clip's name of a Vision Transformer"),
+    ),
     "export": Command(
         "write a checkpoint as a folder that open_clip loads (--out), or as ONNX (--onnx)",
         "dtpvit.interop.export:export",
@@ -53,8 +59,8 @@ COMMANDS = {
 }
 
 _SHORTHANDS = """\
-Shorthands of fit, validate, test and predict:
-  --data DATA        a folder, a brace list or a list of shards: --data.init_args.train (other commands: .val)
+Shorthands of fit, validate, test, predict and tune:
+  --data DATA        a folder, a brace list or a list of shards: --data.init_args.train (fit, tune) or .val
   --init FILE        start from these weights: --model.init_args.init
   --precision P      --trainer.precision (unless given: bf16-mixed on a GPU, 32-true on a CPU)
   --name NAME        the run's folder, runs/NAME (unless given: the name of the last --config file)
@@ -104,11 +110,15 @@ def _dispatch(arguments: list[str]) -> int:
     # Classes of the user's own project, named in a config by import path; last, so that they shadow nothing.
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
-    rest = [_underscores(argument) for argument in rest]
+    rest = _with_config_of_run(name, [_underscores(argument) for argument in rest])
     _check_config_files(name, rest)
     _prepare_process()
     if (target := COMMANDS[name].target) is not None:
         _call(name, target, COMMANDS[name].positional, rest)
+    elif name == "tune":
+        from dtpvit._tune_cli import TuneCLI
+
+        TuneCLI(_expand_shorthands(name, rest))
     else:
         from dtpvit._trainer_cli import TrainerCLI
 
@@ -152,7 +162,8 @@ def _call(name: str, target: str, positional: tuple[str, str] | None, arguments:
     if positional is not None:
         parameter, text = positional
         taken.add(parameter)
-        parser.add_argument(parameter, nargs="+", type=str, metavar=parameter.removesuffix("s").upper(), help=text)
+        many: dict[str, Any] = {"nargs": "+"} if parameter.endswith("s") else {}
+        parser.add_argument(parameter, type=str, metavar=parameter.removesuffix("s").upper(), help=text, **many)
     parser.add_function_arguments(component, as_group=False, skip=taken, fail_untyped=False)
     component(**parser.parse_args(arguments).as_dict())
 
@@ -193,6 +204,17 @@ def _options(arguments: list[str]) -> Iterator[tuple[int, int, str, str]]:
             yield index, 2, option, arguments[index + 1]
 
 
+def _with_config_of_run(command: str, arguments: list[str]) -> list[str]:
+    """The arguments, with the ``config.yaml`` of a run where its checkpoint is all that says what to do."""
+    if COMMANDS[command].target is not None or any(re.match(_SAYS_WHAT_TO_DO, a) for a in arguments):
+        return arguments
+    for _, _, option, value in _options(arguments):
+        config = Path(value).parent.parent / "config.yaml"
+        if option == "--ckpt_path" and config.is_file():
+            return ["--config", str(config), *arguments]
+    return arguments
+
+
 def _check_config_files(command: str, arguments: list[str]) -> None:
     if COMMANDS[command].target is None and not any(re.match(_SAYS_WHAT_TO_DO, a) for a in arguments):
         raise UserError(f"{command} needs to know what to run; write `dtpvit {command} --config FILE`.")
@@ -210,7 +232,7 @@ def _check_config_files(command: str, arguments: list[str]) -> None:
 def _expand_shorthands(command: str, arguments: list[str]) -> list[str]:
     """Replace the shorthands by what they stand for, moved to the end, where no config overrides them."""
     long = {
-        "--data": f"--data.init_args.{'train' if command == 'fit' else 'val'}",
+        "--data": f"--data.init_args.{'train' if command in ('fit', 'tune') else 'val'}",
         "--init": "--model.init_args.init",
         "--precision": "--trainer.precision",
     }

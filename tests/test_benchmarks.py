@@ -7,9 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from benchmarks import loading
+from benchmarks.classification_rows import ROWS
+from benchmarks.classification_table import compared, difference
 
 
 def write_shards(folder: Path, counts: tuple[int, ...]) -> Path:
@@ -57,3 +60,30 @@ def test_enlarged_copies_have_the_sides_asked_for(tmp_path):
         images = [Image.open(tar.extractfile(member)) for member in tar if member.name.endswith(".jpg")]
         assert len(images) == 8 and all(80 <= min(image.size) <= 120 for image in images)
     assert loading.count_samples([large]) == 8
+
+
+def test_the_error_of_a_paired_difference_has_both_parts():
+    g = torch.Generator().manual_seed(0)
+    images, seeds = 400, 3
+    hard = 3 * torch.rand(images, generator=g)  # what both rows find hard does not count
+    of_seeds = 0.1 * torch.randn(seeds, 1, generator=g)
+    noise = 0.5 * torch.randn(images, generator=g)
+    gap, error = difference(hard + 0.2 + of_seeds + noise, hard.expand(seeds, images))
+    assert gap == pytest.approx(0.2 + of_seeds.mean().item() + noise.mean().item(), abs=1e-5)
+    assert error**2 == pytest.approx(noise.var().item() / images + of_seeds.var().item() / seeds, rel=1e-4)
+    one, one_error = difference((hard + noise)[None], hard[None])
+    assert one == pytest.approx(noise.mean().item(), abs=1e-5)
+    assert one_error == pytest.approx(noise.std().item() / images**0.5, rel=1e-4)
+
+
+def test_the_table_marks_what_exceeds_two_standard_errors():
+    def run(loss, right):
+        return {"loss": [loss, loss + 0.1] * 50, "right": right, "tokens": [10.0], "gmacs": [0.5], "minutes": 2.0}
+
+    base = [run(1.0, [0.0, 1.0] * 50), run(1.1, [0.0, 1.0] * 50)]
+    better = [run(0.5, [0.0, 1.0] * 50), run(0.6, [0.0, 1.0] * 50)]
+    page = compared({"base": base, "random": better}, ROWS, "base")
+    (row,) = [line for line in page.splitlines() if line.startswith("| random boundaries")]
+    cells = [cell.strip() for cell in row.split("|")[2:]]
+    assert cells[:4] == ["50.0 (0.0)", "0.600 (0.071)", "+0.0 ± 0.0", "**-0.500 ± 0.000**"]
+    assert cells[4:7] == ["10.0", "0.500", "2.0"] and "2 seeds a row, 100 test images" in page

@@ -97,13 +97,13 @@ def test_version_as_a_module() -> None:
     assert shell("--version").stdout == f"dtpvit {dtpvit.__version__}\n"
 
 
-@pytest.mark.parametrize("command", ["zeroshot", "export", "fit"])
+@pytest.mark.parametrize("command", ["zeroshot", "export", "fit", "tune"])
 def test_every_kind_of_command_lists_its_options(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["help", command])
     assert stop.value.code == 0
-    expected = {"zeroshot": "--templates", "export": "--out", "fit": "--checkpoint.monitor"}[command]
-    assert expected in capsys.readouterr().out
+    expected = {"zeroshot": "--templates", "export": "--out", "fit": "--checkpoint.monitor", "tune": "--num_training"}
+    assert expected[command] in capsys.readouterr().out
 
 
 # Mistakes: one sentence, exit code 2, no traceback
@@ -182,6 +182,7 @@ def test_ctrl_c_exits_130(project: Path) -> None:
     ("arguments", "where", "value"),
     [
         (["fit", "--data", "points.txt", "-c", "line.yaml"], ("data", "init_args", "train"), "points.txt"),
+        (["tune", "-c", "line.yaml", "--data", "points.txt"], ("data", "init_args", "train"), "points.txt"),
         (["fit", "-c", "line.yaml", "--data={0..9}.tar"], ("data", "init_args", "train"), "{0..9}.tar"),
         (["validate", "-c", "line.yaml", "--data", "points.txt"], ("data", "init_args", "val"), "points.txt"),
         (["fit", "-c", "line.yaml", "--data", "cli_example.OtherData"], ("data", "class_path"), None),

@@ -5,7 +5,10 @@ from pathlib import Path
 
 import lightning as L
 import pytest
+import timm
+import torch
 import yaml
+from PIL import Image
 
 from dtpvit.cli import main
 from dtpvit.datamodules.shapes import ShapesParameters, generate_shapes
@@ -58,6 +61,24 @@ def test_the_small_ones_take_a_step(name, drawn, tmp_path, monkeypatch):
     else:
         arguments += ["--data", str(drawn / "train")]
     assert main(arguments) == 0
+
+
+@pytest.mark.parametrize("name", ["flowers224", "cifar10"])
+def test_the_small_classifiers_start_from_weights_at_224_pixels_and_take_a_step(name, tmp_path, monkeypatch, capsys):
+    config = Path(__file__).parents[1] / "configs" / f"{name}.yaml"
+    monkeypatch.chdir(tmp_path)
+    classes = yaml.safe_load(config.read_text())["model"]["init_args"]["num_classes"]
+    for number in range(4 * classes):
+        file = tmp_path / f"images/class{number % classes}/{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32), (5 * number, 0, 0)).save(file)
+    torch.save(timm.create_model("deit_tiny_patch16_224").state_dict(), "deit_tiny.pth")
+    arguments = ["fit", "--config", str(config), "--trainer.fast_dev_run", "1", "--trainer.accelerator", "cpu"]
+    arguments += ["--data.init_args.batch_size", "4", "--data.init_args.val_batch_size", "4"]
+    arguments += ["--data.init_args.num_workers", "0", "--init", "deit_tiny.pth"]
+    assert main([*arguments, "--data", "images", "--data.init_args.val", "images"]) == 0
+    said = capsys.readouterr().err
+    assert "150 tensors taken" in said and "not taken: visual.trunk.head.weight" in said
 
 
 @pytest.mark.parametrize("name", ["cc12m_10x", "laion400m_10x", "flickr8k_small"])

@@ -1,4 +1,4 @@
-"""timm's training augmentation of single images, every choice of it a function of one seed."""
+"""timm's training augmentation of single images, every choice of it a function of one seed; or none at all."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -9,10 +9,10 @@ from timm.data.transforms_factory import transforms_imagenet_train
 from torch import Tensor
 
 from dtpvit.datamodules.seeding import seeded
-from dtpvit.datamodules.transforms import INTERPOLATIONS, height_width
+from dtpvit.datamodules.transforms import INTERPOLATIONS, EvalTransform, height_width
 from dtpvit.errors import UserError
 
-__all__ = ["Augmentation"]
+__all__ = ["Augmentation", "Unaugmented"]
 
 
 class Augmentation:
@@ -82,6 +82,24 @@ class Augmentation:
         """``image`` is RGB. The global random generators are left as they were."""
         with seeded(seed):
             return self._transform(image).contiguous()  # type: ignore[union-attr]
+
+
+class Unaugmented:
+    """The evaluation's transform in the place of :class:`Augmentation`: the same pixels whatever the seed.
+
+    Args:
+        transform: Resize and centre crop.
+    """
+
+    def __init__(self, transform: EvalTransform) -> None:
+        self._transform = transform
+
+    def fits(self, image: Image.Image) -> bool:
+        """Every image does."""
+        return True
+
+    def __call__(self, image: Image.Image, seed: int) -> Tensor:
+        return self._transform(image)
 
 
 def _operations(transform: Any) -> Iterator[AugmentOp]:

@@ -3,7 +3,7 @@
 import logging
 from typing import Any
 
-from dtpvit.datamodules.augment import Augmentation
+from dtpvit.datamodules.augment import Augmentation, Unaugmented
 from dtpvit.datamodules.image_files import ImageFileLoader
 from dtpvit.datamodules.labelled import LabelledLoader, check_batching
 from dtpvit.datamodules.labelled_index import LabelledIndex, index_labelled
@@ -18,7 +18,7 @@ from dtpvit.datamodules.labelled_training import (
 from dtpvit.datamodules.loader import ResumableLoader
 from dtpvit.datamodules.prompts import load_classnames
 from dtpvit.datamodules.trained_data import TrainedData
-from dtpvit.datamodules.transforms import eval_transform, height_width
+from dtpvit.datamodules.transforms import EvalTransform, eval_transform, height_width
 from dtpvit.errors import UserError
 
 __all__ = ["LabelledImages"]
@@ -34,6 +34,9 @@ class LabelledImages(TrainedData):
     erasing are of batches, and the task's. The pixels of a training image are a function of its name, the epoch,
     ``seed`` and the number of the repeat: neither workers nor a resume change them.
 
+    Attributes:
+        augments: Whether the pixels of a training image change from epoch to epoch; the task's cache asks.
+
     Args:
         train: A folder of class folders, a flat folder of ImageNet files (wnids in their names), or shards of images
             with ``.cls`` (a folder, a brace list or a glob).
@@ -45,6 +48,8 @@ class LabelledImages(TrainedData):
         num_workers: Loader processes per training process.
         image_size: Pixels, or (height, width); None asks the model (``image_size``).
         num_classes: Of the model's head; None asks the model (``num_classes``).
+        augment: False gives training images the transform of validation, the same pixels in every epoch, whatever the
+            arguments of the next line and ``train_interpolation`` are: what linear probing with cached features needs.
         crop_scale, crop_ratio, flip, vertical_flip, auto_augment, color_jitter: As of ``Augmentation``.
         repeats: How often an image occurs in its epoch, which stays as long (Hoffer et al. 2020). Not of shards.
         crop_pct: Share of the short side that the validation's centre crop keeps; DeiT's is 1.0 at 384 pixels.
@@ -70,6 +75,7 @@ class LabelledImages(TrainedData):
         num_workers: int = 4,
         image_size: int | tuple[int, int] | None = None,
         num_classes: int | None = None,
+        augment: bool = True,
         crop_scale: tuple[float, float] = (0.08, 1.0),
         crop_ratio: tuple[float, float] = (3 / 4, 4 / 3),
         flip: float = 0.5,
@@ -94,6 +100,7 @@ class LabelledImages(TrainedData):
         self.train, self.val, self.classnames_file, self.labels = train, val, classnames, labels
         self.batch_size, self.val_batch_size = batch_size, val_batch_size or batch_size
         self.num_workers, self.image_size, self.num_classes = num_workers, image_size, num_classes
+        self.augments = augment
         self.augmentation: dict[str, Any] = {
             "crop_scale": crop_scale,
             "crop_ratio": crop_ratio,
@@ -108,7 +115,7 @@ class LabelledImages(TrainedData):
         self.seed, self.get_data = seed, get_data
         # Whatever is wrong with these is said before any data is looked for.
         Augmentation(32, **self.augmentation)
-        eval_transform(32, crop_pct=crop_pct, interpolation=interpolation)
+        self._eval_transform(32)
         self._training: TrainingImages | None = None
         self._val: LabelledIndex | None = None
         self._classes = 0
@@ -139,7 +146,9 @@ class LabelledImages(TrainedData):
     def train_dataloader(self) -> ImageFileLoader | ResumableLoader[Any, Any]:
         """A loader that shuffles, resumes in mid-epoch, and gives all ranks equally many full batches."""
         assert self.image_size is not None and self._training is not None
-        recipe = LabelledImage(Augmentation(self.image_size, **self.augmentation), self._classes, self.seed)
+        augmentation = Augmentation(self.image_size, **self.augmentation)
+        transform = augmentation if self.augments else Unaugmented(self._eval_transform(self.image_size))
+        recipe = LabelledImage(transform, self._classes, self.seed)
         options: dict[str, Any] = {
             "batch_size": self.batch_size,
             "num_workers": self.num_workers,
@@ -180,6 +189,9 @@ class LabelledImages(TrainedData):
     def predict_dataloader(self) -> LabelledLoader | list[Any]:
         """The validation loader."""
         return self.val_dataloader()
+
+    def _eval_transform(self, image_size: int | tuple[int, int]) -> EvalTransform:
+        return eval_transform(image_size, crop_pct=self.crop_pct, interpolation=self.interpolation)
 
     def _find(self, stage: str | None) -> None:
         names = None if self.classnames_file is None else load_classnames(self.classnames_file)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dtpvit.datamodules.augment import Augmentation
+from dtpvit.datamodules.augment import Augmentation, Unaugmented
 from dtpvit.datamodules.samples import IMAGE_ENDINGS, SkippedSample, decode_image, read_samples, sample_seed
 from dtpvit.errors import UserError
 
@@ -38,7 +38,7 @@ class LabelledImage:
         seed: The run's seed.
     """
 
-    def __init__(self, transform: Augmentation, num_classes: int, seed: int = 0) -> None:
+    def __init__(self, transform: Augmentation | Unaugmented, num_classes: int, seed: int = 0) -> None:
         self.transform = transform
         self.num_classes = num_classes
         self.seed = seed

@@ -15,16 +15,19 @@ from dtpvit.errors import UserError
 __all__ = ["real_images"]
 
 
-def real_images(source: str, count: int, transform: EvalTransform) -> tuple[Tensor, list[str]]:
+def real_images(
+    source: str, count: int, transform: EvalTransform, *, least: int | None = None
+) -> tuple[Tensor, list[str]]:
     """The first samples of shards, or images spread evenly over a folder and all folders below it.
 
     Args:
         source: A folder of images, or shards (a folder of tars, a brace list, a glob).
         count: How many are wanted; what cannot be read is passed over.
         transform: Brings them to size.
+        least: How many will do; None is ``count``.
 
     Returns:
-        uint8, shape (count, 3, H, W); and the captions of those that have one.
+        uint8, shape (count, 3, H, W), or fewer; and the captions of those that have one.
 
     Raises:
         UserError: If fewer are there.
@@ -44,7 +47,9 @@ def real_images(source: str, count: int, transform: EvalTransform) -> tuple[Tens
             captions.append(caption)
         if len(images) == count:
             return torch.stack(images), captions
-    raise UserError(f"{source} has {len(images)} images that can be read; {count} are wanted for one batch")
+    if least is not None and len(images) >= least:
+        return torch.stack(images), captions
+    raise UserError(f"{source} has {len(images)} images that can be read; {least or count} are wanted")
 
 
 def _image_files(folder: Path) -> list[Path]:

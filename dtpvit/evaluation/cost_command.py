@@ -15,12 +15,13 @@ from rich.table import Table
 from torch import Tensor
 from tqdm import tqdm
 
+from dtpvit.encoder.reducers.calibration import BoundaryCalibration
 from dtpvit.errors import UserError
 from dtpvit.evaluation.arguments import chosen_device, output_file
 from dtpvit.evaluation.classifier import Precision
 from dtpvit.evaluation.comparison import Measured, measure_cost
 from dtpvit.evaluation.measuring import machine, versions
-from dtpvit.evaluation.towers import dense_counterpart, load_tower
+from dtpvit.evaluation.towers import Tower, dense_counterpart, load_tower
 
 __all__ = ["cost"]
 
@@ -42,7 +43,8 @@ def cost(
     where the reference has overhead of its own.
 
     Args:
-        models: Names of ours, of open_clip's or of timm's, YAMLs of a task, or checkpoints.
+        models: Names of ours, of open_clip's or of timm's, YAMLs of a task, checkpoints, or exported folders. A
+            classifier is measured with its head.
         reference: What to compare with, named likewise; the dense model of the shape of our first one if not given.
         images: Folder of images, or shards, to measure on; random pixels if not given. On these a predictor that was
             never trained keeps the nominal number of every image; on real images it is given the threshold at which
@@ -62,6 +64,7 @@ def cost(
     ours = next((tower for tower in towers if tower.trunk is not None), towers[0])
     base = dense_counterpart(ours) if reference is None else load_tower(reference)
     towers = [base, *(tower for tower in towers if tower.name != base.name)]
+    trained = any(_is_trained(tower) for tower in towers)  # measuring training steps sets thresholds too
     captions = list[str]()
     pixels = dict[str, Tensor]()
     for tower in towers:
@@ -79,6 +82,8 @@ def cost(
             progress=bar.update,
         )
     what = f"{batch_size} images of random pixels" if images is None else f"{batch_size} images of {images}"
+    if images is None and trained:
+        what += "; a trained predictor keeps other numbers of tokens of photographs: give --images"
     how = f"{machine(place)}, {precision}, {what}"
     _show(results, how)
     if target is not None:
@@ -94,6 +99,11 @@ def cost(
             "models": [asdict(result) for result in results],
         }
         target.write_text(dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def _is_trained(tower: Tower) -> bool:
+    found = (module for module in tower.image.modules() if isinstance(module, BoundaryCalibration))
+    return any(not module.boundary_threshold.isnan() for module in found)
 
 
 def _bar(towers: int, rounds: int, steps: str) -> tqdm:

@@ -1,4 +1,4 @@
-"""Image towers to be measured: ours, open_clip's and timm's, behind one face."""
+"""Image towers to be measured: ours, of dual encoders and classifiers, open_clip's and timm's, behind one face."""
 
 from __future__ import annotations
 
@@ -19,9 +19,11 @@ from dtpvit.datamodules.transforms import eval_transform
 from dtpvit.encoder import BlockLayouts, DualEncoder, Encoding, VisionEncoder
 from dtpvit.errors import UserError
 from dtpvit.evaluation.cost import counted_macs, image_cost
-from dtpvit.interop.loading import LoadedClip, load_clip
+from dtpvit.interop.image_models import ImageClassifier, create_classifier, load_classifier
+from dtpvit.interop.loading import LoadedClip, is_classifier, load_clip
 from dtpvit.interop.model_config import NAMES, trunk_config
 from dtpvit.interop.timm_models import TRUNKS, TimmVisionEncoder
+from dtpvit.interop.weight_files import read_checkpoint
 
 __all__ = ["Tower", "dense_counterpart", "load_tower"]
 
@@ -99,17 +101,17 @@ def load_tower(spec: str) -> Tower:
     """The tower behind a name, a config or a checkpoint.
 
     Args:
-        spec: A name of ours, of open_clip's or of timm's; a YAML of ``dtpvit fit``; a checkpoint of ours; a folder that
-            ``dtpvit export`` wrote.
+        spec: A name of ours, of open_clip's or of timm's; a YAML of ``dtpvit fit`` or a checkpoint of ours, of either
+            task, a classifier with its head; a folder that ``dtpvit export`` wrote.
 
     Raises:
         UserError: If it is none of these.
     """
     path = Path(spec).expanduser()
     if path.suffix in (".yaml", ".yml"):
-        return _of_clip(spec, load_clip(_model_of_config(path)))
+        return _of_config(spec, path)
     if path.suffix in _WEIGHTS:
-        return _of_clip(spec, load_clip(checkpoint=path))
+        return _of_checkpoint(spec, path)
     if path.is_dir() and (path / "open_clip_config.json").is_file():
         return _of_clip(spec, load_clip(f"local-dir:{path}"))
     import open_clip
@@ -139,8 +141,8 @@ def dense_counterpart(tower: Tower) -> Tower:
         raise UserError(f"{tower.name} is not one of dtpvit's; name a --reference")
     if tower.model in NAMES:
         return load_tower("-".join(tower.model.removeprefix("DTP-").split("-")[:3]))
-    if tower.model in TRUNKS:
-        return load_tower(str(trunk_config(tower.model)["preset"]))
+    if tower.model in TRUNKS and (dense := _timm_dense(tower)) is not None:
+        return dense
     twin = copy.deepcopy(tower.whole)
     image: Any = twin.visual if isinstance(twin, DualEncoder) else twin
     trunk = image.trunk if isinstance(twin, DualEncoder) else image
@@ -166,6 +168,58 @@ def _of_clip(name: str, loaded: LoadedClip) -> Tower:
     )
 
 
+def _of_config(spec: str, path: Path) -> Tower:
+    if not path.is_file():
+        raise UserError(f"there is no config {path}; give a YAML of `dtpvit fit`")
+    try:
+        options = yaml.safe_load(path.read_text(encoding="utf-8"))["model"]["init_args"]
+        model = options["model"]
+    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise UserError(f"the config {path} names no model at model.init_args.model; give a YAML of a task") from error
+    if "num_classes" not in options:
+        return _of_clip(spec, load_clip(model))
+    return _of_classifier(
+        spec, create_classifier(model, options["num_classes"], options.get("mean"), options.get("std"))
+    )
+
+
+def _of_checkpoint(spec: str, path: Path) -> Tower:
+    content = read_checkpoint(path, mmap=True)
+    if is_classifier(content):
+        return _of_classifier(spec, load_classifier(path))
+    if "model" not in (content.get("hyper_parameters") or {}):
+        raise UserError(
+            f"checkpoint {path} does not record which model it is; give one of `dtpvit fit`, or the model's name"
+        )
+    return _of_clip(spec, load_clip(checkpoint=path))
+
+
+def _of_classifier(name: str, loaded: ImageClassifier) -> Tower:
+    model = loaded.model
+    return Tower(
+        name=name,
+        model=loaded.name,
+        image=model,
+        trunk=model,
+        embed_dim=model.num_classes,
+        whole=model,
+        image_size=(model.image_size[0], model.image_size[1]),
+        mean=loaded.mean,
+        std=loaded.std,
+    )
+
+
+def _timm_dense(tower: Tower) -> Tower | None:
+    """timm's dense model of the same shape, with as many classes; None where timm has none."""
+    import timm
+
+    name = str(trunk_config(tower.model)["preset"])
+    if not timm.is_model(name):
+        return None
+    classes = tower.embed_dim
+    return _of_timm(f"{name}, {classes} classes" if classes else name, timm.create_model(name, num_classes=classes))
+
+
 def _of_timm(name: str, model: nn.Module) -> Tower:
     about: dict[str, Any] = model.pretrained_cfg  # pyright: ignore[reportAssignmentType]
     _, height, width = about["input_size"]
@@ -181,16 +235,6 @@ def _of_timm(name: str, model: nn.Module) -> Tower:
         mean=tuple(about.get("mean", OPENAI_DATASET_MEAN)),
         std=tuple(about.get("std", OPENAI_DATASET_STD)),
     )
-
-
-def _model_of_config(path: Path) -> Any:
-    if not path.is_file():
-        raise UserError(f"there is no config {path}; give a YAML of `dtpvit fit`")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return content["model"]["init_args"]["model"]
-    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise UserError(f"the config {path} names no model at model.init_args.model; give a YAML of a task") from error
 
 
 class _quiet:

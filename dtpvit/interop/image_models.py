@@ -1,9 +1,11 @@
-"""Image classifiers by name or plain config, under timm's parameter names, and how their pixels are normalised."""
+"""Image classifiers by name, plain config or checkpoint, under timm's names, and how their pixels are normalised."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
@@ -13,10 +15,36 @@ from torch import nn
 
 from dtpvit.errors import UserError
 from dtpvit.interop.create import build_trunk
+from dtpvit.interop.loading import is_classifier, load_state
 from dtpvit.interop.model_config import trunk_config
 from dtpvit.interop.timm_models import TimmVisionEncoder
+from dtpvit.interop.weight_files import read_checkpoint, state_of
 
-__all__ = ["image_model", "pixel_statistics", "vision_config"]
+__all__ = [
+    "ImageClassifier",
+    "create_classifier",
+    "image_model",
+    "load_classifier",
+    "pixel_statistics",
+    "vision_config",
+]
+
+
+@dataclass(frozen=True)
+class ImageClassifier:
+    """A classifier and what its inputs must look like.
+
+    Attributes:
+        model: Normalised images, shape (B, 3, H, W), to logits, shape (B, num_classes); the size is its ``image_size``.
+        name: timm's name or one of ours, or ``custom`` for a config.
+        mean: Channel means of the normalisation, on [0, 1].
+        std: Channel standard deviations, likewise.
+    """
+
+    model: TimmVisionEncoder
+    name: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
 
 
 def vision_config(model: str | Mapping[str, Any]) -> dict[str, Any]:
@@ -28,10 +56,12 @@ def vision_config(model: str | Mapping[str, Any]) -> dict[str, Any]:
             ``preset`` or ``name`` may give all that the others do not.
 
     Raises:
-        UserError: If a name begins like one of ours and is none.
+        UserError: If it is neither, or a name begins like one of ours and is none.
     """
     if isinstance(model, str):
         return trunk_config(model) if model.startswith("dtp_") else {"preset": model}
+    if not isinstance(model, Mapping):
+        raise UserError(f"the model is {model!r}; expected a name like vit_tiny_patch16_224, or a vision config")
     given = dict(model)
     name = given.pop("name", None)
     return given if name is None else {**vision_config(str(name)), **given}
@@ -49,8 +79,8 @@ def image_model(model: str | Mapping[str, Any], num_classes: int) -> TimmVisionE
     Raises:
         UserError: If the model does not build or there are too few classes.
     """
-    if num_classes < 2:
-        raise UserError(f"num_classes is {num_classes}; expected at least 2")
+    if not isinstance(num_classes, int) or num_classes < 2:
+        raise UserError(f"num_classes is {num_classes!r}; expected at least 2")
     built = build_trunk(vision_config(model), TimmVisionEncoder, num_classes=num_classes)
     assert isinstance(built.head, nn.Linear)
     nn.init.trunc_normal_(built.head.weight, std=0.02)
@@ -74,3 +104,42 @@ def pixel_statistics(vision: Mapping[str, Any]) -> tuple[tuple[float, ...], tupl
     if "_clip_" in preset:
         return tuple(OPENAI_DATASET_MEAN), tuple(OPENAI_DATASET_STD)
     return tuple(IMAGENET_DEFAULT_MEAN), tuple(IMAGENET_DEFAULT_STD)
+
+
+def create_classifier(
+    model: str | Mapping[str, Any],
+    num_classes: int,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> ImageClassifier:
+    """A classifier with random weights.
+
+    Args:
+        model: See :func:`vision_config`.
+        num_classes: At least 2.
+        mean: Channel means on [0, 1]; None takes those of the model's preset.
+        std: Channel standard deviations, likewise.
+
+    Raises:
+        UserError: If the model does not build or there are too few classes.
+    """
+    built = image_model(model, num_classes)
+    usual_mean, usual_std = pixel_statistics(vision_config(model))
+    name = model if isinstance(model, str) else "custom"
+    return ImageClassifier(built, name, tuple(mean or usual_mean), tuple(std or usual_std))
+
+
+def load_classifier(checkpoint: str | Path) -> ImageClassifier:
+    """The classifier in a checkpoint of the classification task, in evaluation mode, float32, on the CPU.
+
+    Raises:
+        UserError: If the file cannot be read, is of another task, or does not hold the weights that it promises.
+    """
+    content = read_checkpoint(checkpoint)
+    if not is_classifier(content):
+        raise UserError(f"checkpoint {checkpoint} records no classifier; expected one of the classification task")
+    options = content["hyper_parameters"]
+    found = create_classifier(options.get("model"), *(options.get(name) for name in ("num_classes", "mean", "std")))
+    load_state(found.model, state_of(content), checkpoint)
+    found.model.eval()
+    return found

@@ -17,7 +17,7 @@ from dtpvit.interop.create import build_clip
 from dtpvit.interop.model_config import NAMES, PATTERN, from_open_clip, model_config
 from dtpvit.interop.weight_files import read_checkpoint, state_of
 
-__all__ = ["LoadedClip", "Tokenize", "chosen_model", "load_clip", "load_state"]
+__all__ = ["LoadedClip", "Tokenize", "chosen_model", "difference", "is_classifier", "load_clip", "load_state"]
 
 
 class Tokenize:
@@ -66,6 +66,11 @@ class LoadedClip:
     resize_mode: str = "shortest"
 
 
+def is_classifier(content: Mapping[str, Any]) -> bool:
+    """Whether the content of a checkpoint is that of the classification task: it alone records a number of classes."""
+    return "num_classes" in (content.get("hyper_parameters") or {})
+
+
 def chosen_model(model: str | Mapping[str, Any] | None, content: dict[str, Any] | None, source: object) -> Any:
     """The name that was given, else the name or config that a checkpoint of ours records.
 
@@ -75,12 +80,29 @@ def chosen_model(model: str | Mapping[str, Any] | None, content: dict[str, Any] 
         source: The checkpoint, for the message.
 
     Raises:
-        UserError: If neither says it.
+        UserError: If neither says it, or the checkpoint is one of a classifier.
     """
+    if is_classifier(content or {}):
+        raise UserError(
+            f"checkpoint {source} is of a classifier; expected one of a dual encoder, the contrastive task's"
+        )
     spec = model if model is not None else (content or {}).get("hyper_parameters", {}).get("model")
     if spec is None:
         raise UserError(f"checkpoint {source} does not record which model it is; give --model NAME")
     return spec
+
+
+def difference(state: Mapping[str, Tensor], model: nn.Module) -> str:
+    """In which names and shapes ``state`` differs from that of ``model``, with the first of each; empty if in none."""
+    mine = model.state_dict()
+    missing, extra = sorted(set(mine) - set(state)), sorted(set(state) - set(mine))
+    shapes = [n for n in mine if n in state and mine[n].shape != state[n].shape]
+    found = [f"{len(missing)} tensors are missing (first: {missing[0]})"] if missing else []
+    found += [f"{len(extra)} are unknown (first: {extra[0]})"] if extra else []
+    if shapes:
+        pair = f"{tuple(state[shapes[0]].shape)}, here {tuple(mine[shapes[0]].shape)}"
+        found.append(f"{len(shapes)} have another shape (first: {shapes[0]} {pair})")
+    return ", ".join(found)
 
 
 def load_state(model: nn.Module, state: dict[str, Tensor], source: object) -> None:
@@ -89,16 +111,8 @@ def load_state(model: nn.Module, state: dict[str, Tensor], source: object) -> No
     Raises:
         UserError: If a name or a shape differs, with the first of them.
     """
-    mine = model.state_dict()
-    missing, extra = sorted(set(mine) - set(state)), sorted(set(state) - set(mine))
-    shapes = [n for n in mine if n in state and mine[n].shape != state[n].shape]
-    if missing or extra or shapes:
-        found = [f"{len(missing)} tensors are missing (first: {missing[0]})"] if missing else []
-        found += [f"{len(extra)} are unknown (first: {extra[0]})"] if extra else []
-        if shapes:
-            pair = f"{tuple(state[shapes[0]].shape)}, here {tuple(mine[shapes[0]].shape)}"
-            found.append(f"{len(shapes)} have another shape (first: {shapes[0]} {pair})")
-        raise UserError(f"{source} is of another architecture: {', '.join(found)}; name the model it was made with")
+    if found := difference(state, model):
+        raise UserError(f"{source} is of another architecture: {found}; name the model it was made with")
     model.load_state_dict(state)
 
 

@@ -15,9 +15,9 @@ from torch.nn.functional import cross_entropy
 from dtpvit.encoder import Encoding, VisionEncoder
 from dtpvit.encoder.ops.noise import draw_seeds
 from dtpvit.errors import UserError
+from dtpvit.evaluation.agreement import dense_output, divergence
 from dtpvit.evaluation.cost import image_macs
-from dtpvit.interop.dense_weights import load_dense
-from dtpvit.interop.image_models import image_model, pixel_statistics, vision_config
+from dtpvit.interop.image_models import create_classifier
 from dtpvit.tasks.classification_options import check_labels, check_options, with_options
 from dtpvit.tasks.classification_validation import ClassificationValidation
 from dtpvit.tasks.distillation import Teacher, TeacherOptions
@@ -26,6 +26,7 @@ from dtpvit.tasks.image_task import ImageTask
 from dtpvit.tasks.learning_modes import CompressionWarmup, Mode, freeze, set_training
 from dtpvit.tasks.mixing import Mixing, MixingOptions, seed_of_batch
 from dtpvit.tasks.optimization import layer_groups, optimizer_and_schedule
+from dtpvit.tasks.skipped_samples import report_unread
 from dtpvit.tasks.token_count import TokenCount
 
 __all__ = ["Classification"]
@@ -45,10 +46,12 @@ class Classification(ImageTask):
         num_classes: At least 2.
         init: Dense weights to start from: a file (a checkpoint of ours too, of which the image tower is taken), a timm
             model name, or open_clip's ``MODEL:TAG``. Its classifier is kept where its shape fits.
-        mode: ``"linear_probe"``: the head learns on the frozen trunk's features; ``"frozen"``: head and reducers learn
+        mode: ``"adapt"``: the reducers learn to keep the logits of the same model without them, from no label;
+            ``"linear_probe"``: the head learns on the frozen trunk's features; ``"frozen"``: head and reducers learn
             inside the frozen trunk; ``"finetune"``: everything learns.
         cache_features: In linear probing, encode every image once only (:class:`.feature_cache.FeatureCache`); the
-            data module must not augment (``augments``, if it has that attribute, says whether it does).
+            data module must not augment (``augments``, if it has that attribute, says whether it does), which
+            :class:`dtpvit.datamodules.labelled_images.LabelledImages` leaves with ``augment: false``.
         mean: Channel means on [0, 1]; None takes those of the model's preset.
         std: Channel standard deviations, likewise.
         learning_rate: Of the head, at the end of the warm-up.
@@ -100,11 +103,11 @@ class Classification(ImageTask):
         self.save_hyperparameters()
         self.mode: Mode = mode
         self.num_classes = num_classes
-        self.model = image_model(model, num_classes)
+        built = create_classifier(model, num_classes, mean, std)
+        self.model = built.model
         self.model.set_grad_checkpointing(grad_checkpointing)
         freeze(self.model, mode)
-        default_mean, default_std = pixel_statistics(vision_config(model))
-        self.prepare(mean or default_mean, std or default_std, max_nonfinite)
+        self.prepare(built.mean, built.std, max_nonfinite)
         self.mixing = with_options(Mixing, mixing, num_classes, smoothing=label_smoothing)
         check_options(self.hparams)
         self.compression = CompressionWarmup(self.model, compression_warmup)
@@ -136,23 +139,25 @@ class Classification(ImageTask):
         warnings.filterwarnings("ignore", message="You have overridden `on_before_batch_transfer`")
         if stage != "fit":
             return
-        options = self.hparams
-        if options["init"] is not None and self.trainer.ckpt_path is None:
-            logger.info("%s", load_dense(self.model, options["init"]))
-        if options["teacher"] is not None:
-            self._teacher = with_options(Teacher, options["teacher"], self.model)
+        if self.trainer.ckpt_path is None:
+            self.start_from_init()
+        if self.hparams["teacher"] is not None:
+            self._teacher = with_options(Teacher, self.hparams["teacher"], self.model)
 
     def on_fit_start(self) -> None:
-        if self._teacher is not None:
-            self._teacher.to(self.device)
         if self.hparams["cache_features"]:
             data: Any = getattr(self.trainer, "datamodule", None)
             if getattr(data, "augments", False):
-                raise UserError("cache_features needs images that stay the same; switch the data's augmentation off")
+                raise UserError(
+                    "cache_features needs images that stay the same in every epoch, and the data module augments them; "
+                    "switch its augmentation off (LabelledImages: --data.init_args.augment false), or cache_features"
+                )
             self._cache, self._epochs_seen = FeatureCache(), 0
 
     def on_train_start(self) -> None:
         self.train()  # Lightning leaves every part in the mode it was constructed in
+        if self._teacher is not None:  # not when the fit starts: Lightning's tuner trains before that
+            self._teacher.to(self.device)
         super().on_train_start()
 
     def on_fit_end(self) -> None:
@@ -179,7 +184,10 @@ class Classification(ImageTask):
         images, target = self.mixing(self.normalise(batch["image"]), batch["label"], batch.get("mix_seed", 0))
         encoding = self._encode(images, batch.get("seed"))
         logits = self.model.head(encoding.pooled)
-        loss = self._classification_loss(logits, target)
+        if self.mode == "adapt":
+            loss = divergence(logits, dense_output(self.model, images, self.model.head), classes=True).mean()
+        else:
+            loss = self._classification_loss(logits, target)
         if self._teacher is not None:
             pixels = (images * self.pixel_std + self.pixel_mean) / 255
             loss, parts = self._teacher.teach(loss, logits, encoding, pixels)
@@ -239,6 +247,8 @@ class Classification(ImageTask):
         stage = "test" if self.trainer.testing else "val"
         for name, value in self.validation.results().items():
             self.log(f"{stage}/{name}", value, prog_bar=name == "acc1")
+        if not self.trainer.sanity_checking:
+            report_unread(self)
 
     on_test_epoch_start = on_validation_epoch_start
     on_test_epoch_end = on_validation_epoch_end

@@ -27,6 +27,8 @@ def check_options(options: Mapping[str, Any]) -> None:
         raise UserError(f"layer_decay is {options['layer_decay']}; expected more than 0 and at most 1")
     if mode == "linear_probe" and options["compression_warmup"]:
         raise UserError("compression_warmup changes the trunk, which linear_probe keeps; use frozen or finetune")
+    if mode == "adapt" and (options["mixing"] or teacher is not None):
+        raise UserError("adapt learns from the model's own dense output; leave out mixing and teacher")
     if teacher is not None and not {"model", "init"} <= set(teacher):
         raise UserError(f"a teacher is given by {sorted(teacher)}; expected model, and init, its weights")
     if not options["cache_features"]:

@@ -17,7 +17,6 @@ from dtpvit.encoder import Encoding, VisionEncoder
 from dtpvit.encoder.ops.noise import draw_seeds
 from dtpvit.errors import UserError
 from dtpvit.interop.create import build_clip
-from dtpvit.interop.dense_weights import load_dense
 from dtpvit.interop.loading import Tokenize
 from dtpvit.interop.model_config import model_config
 from dtpvit.tasks.accumulation import Batch, CachedStep, Features, average_gradients, joint_thresholds
@@ -57,6 +56,8 @@ class Contrastive(ImageTask):
         UserError: If the model does not build or an argument does not fit.
     """
 
+    learns_from_batch = True
+
     def __init__(
         self,
         model: str | dict[str, Any],
@@ -94,8 +95,8 @@ class Contrastive(ImageTask):
     def setup(self, stage: str) -> None:
         if stage != "fit":
             return
-        if self.hparams["init"] is not None and self.trainer.ckpt_path is None:
-            logger.info("%s", load_dense(self.model, self.hparams["init"]))
+        if self.trainer.ckpt_path is None:
+            self.start_from_init()
         rates = {getattr(reducer, "rate", None) for reducer in self.model.visual.trunk.reducers.values()}
         if self.hparams["accum_freq"] > 1 and "ratio" in rates:
             raise UserError("the rate loss 'ratio' is of a whole batch and accum_freq cuts it; use another or 1")
@@ -111,7 +112,8 @@ class Contrastive(ImageTask):
             world_size=world,
         )
 
-    def on_fit_start(self) -> None:
+    def on_train_start(self) -> None:
+        super().on_train_start()
         if self.hparams["accum_freq"] > 1 and self._distributed:
             # The second pass runs outside DDP's forward, so its gradients are averaged here, once.
             self.trainer.strategy.model.require_backward_grad_sync = False  # pyright: ignore

@@ -113,7 +113,7 @@ class FeatureCache:
         if not first and asked and not found:
             raise UserError(
                 "cache_features met only images that it had not seen before, so the data module augments them; "
-                "switch its augmentation off, or cache_features"
+                "switch its augmentation off (LabelledImages: --data.init_args.augment false), or cache_features"
             )
 
 

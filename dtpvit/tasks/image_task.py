@@ -1,7 +1,8 @@
-"""What all tasks on images share: pixels, the guard around a step, what the reducers did, names in checkpoints."""
+"""What all tasks on images share: first weights, pixels, the guard around a step, reduction, names in checkpoints."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +10,8 @@ import lightning
 import torch
 from torch import Tensor
 
-from dtpvit.encoder import Encoding, VisionEncoder
+from dtpvit.encoder import DualEncoder, Encoding, VisionEncoder
+from dtpvit.interop.dense_weights import load_dense
 from dtpvit.tasks.checkpoint_names import use_model_names
 from dtpvit.tasks.optimization import NonFiniteGuard
 from dtpvit.tasks.resuming import continue_data
@@ -17,9 +19,17 @@ from dtpvit.tasks.skipped_samples import report_skipped
 
 __all__ = ["ImageTask"]
 
+logger = logging.getLogger(__name__)
+
 
 class ImageTask(lightning.LightningModule):
-    """Base of the tasks. Checkpoints have the names of ``model`` alone, so that open_clip or timm loads them as is."""
+    """Base of the tasks. Checkpoints have the names of ``model`` alone, so that open_clip or timm loads them as is.
+
+    Attributes:
+        learns_from_batch: Whether a sample's loss depends on the others in its batch.
+    """
+
+    learns_from_batch = False
 
     pixel_mean: Tensor
     pixel_std: Tensor
@@ -42,6 +52,16 @@ class ImageTask(lightning.LightningModule):
     def trunk(self) -> VisionEncoder:
         """The encoder inside the model."""
         raise NotImplementedError
+
+    def start_from_init(self) -> None:
+        """Take the dense weights that ``init`` names, if it names any, and log what became of each tensor.
+
+        Raises:
+            UserError: If they cannot be read or do not fit.
+        """
+        if self.hparams["init"] is not None:
+            assert isinstance(self.model, VisionEncoder | DualEncoder)
+            logger.info("%s", load_dense(self.model, self.hparams["init"]))
 
     @property
     def image_size(self) -> tuple[int, int]:

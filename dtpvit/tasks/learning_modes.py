@@ -6,42 +6,55 @@ from typing import Literal, get_args
 
 from torch import nn
 
+from dtpvit.encoder import VisionEncoder
 from dtpvit.encoder.reducers import GridPooling
 from dtpvit.encoder.reducers.boundary_pooling import BoundaryPooling
 from dtpvit.errors import UserError
 from dtpvit.interop.timm_models import TimmVisionEncoder
 
-__all__ = ["CompressionWarmup", "Mode", "freeze", "set_training"]
+__all__ = ["CompressionWarmup", "Mode", "freeze", "set_training", "train_reducers"]
 
-Mode = Literal["linear_probe", "frozen", "finetune"]
+Mode = Literal["adapt", "linear_probe", "frozen", "finetune"]
 
 
 def freeze(model: TimmVisionEncoder, mode: Mode) -> None:
     """Let only those parameters require a gradient that ``mode`` trains.
 
-    ``linear_probe``: the head. ``frozen``: the head and the reducers, such as boundary predictors. ``finetune``: all.
+    ``adapt``: the reducers, such as boundary predictors. ``linear_probe``: the head. ``frozen``: both of these.
+    ``finetune``: everything.
 
     Raises:
-        UserError: If the mode is none of these.
+        UserError: If the mode is none of these, or nothing would learn.
     """
     if mode not in get_args(Mode):
         raise UserError(f"mode is {mode!r}; expected one of {', '.join(get_args(Mode))}")
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(mode == "finetune" or name.startswith(_learning_parts(mode)))
+        parameter.requires_grad_(mode == "finetune" or name.startswith(_LEARNING[mode]))
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserError(f"mode {mode!r} trains the reducers, and this model's have nothing to learn; use another mode")
 
 
 def set_training(model: TimmVisionEncoder, mode: Mode) -> None:
     """Training mode for what learns, evaluation mode, without stochastic depth, for what stands still."""
     model.train(mode == "finetune")
-    if mode == "frozen":
-        model.reducers.train()
-        # Of the encoder's own flag, not its blocks': it says whether reducers are given seeds to draw from.
-        model.training = True
-    model.head.train()
+    if mode in ("adapt", "frozen"):
+        train_reducers(model)
+    model.head.train(mode != "adapt")
 
 
-def _learning_parts(mode: Mode) -> tuple[str, ...]:
-    return ("head.",) if mode == "linear_probe" else ("head.", "reducers.")
+def train_reducers(encoder: VisionEncoder) -> None:
+    """Training mode for the reducers of an encoder that otherwise stands still."""
+    encoder.eval()
+    encoder.reducers.train()
+    # The encoder's own flag, not its blocks': it says whether reducers are given seeds to draw from.
+    encoder.training = True
+
+
+_LEARNING: dict[str, tuple[str, ...]] = {
+    "adapt": ("reducers.",),
+    "linear_probe": ("head.",),
+    "frozen": ("head.", "reducers."),
+}
 
 
 class CompressionWarmup:

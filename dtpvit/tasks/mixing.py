@@ -5,6 +5,7 @@ from __future__ import annotations
 from hashlib import blake2b
 from typing import Literal, TypedDict
 
+import torch
 from timm.data.mixup import Mixup
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
@@ -92,18 +93,20 @@ class Mixing:
             seed: From :func:`seed_of_batch`.
 
         Returns:
-            The images, and the labels as they are or, mixed, as distributions of shape (B, C).
-
-        Raises:
-            UserError: If there are images to be mixed and their number is odd.
+            The images, and the labels as they are or, mixed, as distributions of shape (B, C). Of an odd number the
+            first is mixed with none.
         """
         if not self.active:
             return images, labels
         with seeded(seed, images.device):
             if self.mixup is not None:
-                if len(images) % 2:
-                    raise UserError(f"mixup and cutmix pair images up, and a batch has {len(images)}; give an even one")
+                count = len(images)
+                if count % 2:
+                    # timm pairs images from both ends inwards: the first one, put at the end too, is paired with
+                    # itself and stays as it is.
+                    images, labels = torch.cat((images, images[:1])), torch.cat((labels, labels[:1]))
                 images, labels = self.mixup(images, labels)
+                images, labels = images[:count], labels[:count]
             if self.erasing:
                 # As timm's own loader: erased last, so that no rectangle is mixed into another image.
                 images = RandomErasing(self.erasing, mode="pixel", device=str(images.device))(images)

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy, normalize
 
 from dtpvit.encoder import VisionEncoder
 from dtpvit.encoder.reducers import DynamicPooling
-from dtpvit.encoder.reducers.routers import SensitivityRouter, centred, sensitivity_inputs
+from dtpvit.encoder.reducers.routers import SensitivityWeights, centred, sensitivity_inputs
 from dtpvit.encoder.tokens import Tokens
 
 __all__ = ["fit_sensitivity", "sensitivity"]
@@ -29,7 +29,7 @@ def fit_sensitivity(
     classes: bool = False,
     generator: torch.Generator | None = None,
 ) -> dict[int, float]:
-    """Fit every :class:`SensitivityRouter` of an encoder on unlabelled images, by ridge regression in closed form.
+    """Fit all :class:`SensitivityWeights` of an encoder on unlabelled images, by ridge regression in closed form.
 
     What is predicted is the logarithm of a token's squared gradient against its image's mean. Reducers are fitted in
     the order of the blocks, each behind those already fitted and with none behind it. One forward and one backward
@@ -52,7 +52,7 @@ def fit_sensitivity(
     found: dict[int, float] = {}
     for block in sorted(map(int, encoder.reducers)):
         reducer = encoder.reducers[str(block)]
-        if not (isinstance(reducer, DynamicPooling) and isinstance(reducer.boundary_predictor, SensitivityRouter)):
+        if not (isinstance(reducer, DynamicPooling) and isinstance(reducer.boundary_predictor, SensitivityWeights)):
             continue
         normal = moment = spread = torch.zeros((), dtype=torch.float64)
         for batch in images:
@@ -65,10 +65,10 @@ def fit_sensitivity(
         ridge = _RIDGE * torch.eye(len(moment), dtype=torch.float64, device=moment.device)
         solution = torch.linalg.solve(normal + ridge, moment)
         rest = spread - 2 * solution @ moment + solution @ normal @ solution
-        reducer.boundary_predictor.boundary_sensitivity.copy_(solution.view(2, -1))
+        reducer.boundary_predictor.boundary_sensitivity.data.copy_(solution)
         found[block] = float(1 - rest / spread)
     if not found:
-        raise ValueError("the encoder has no reducer with router='sensitivity' to fit")
+        raise ValueError("the encoder has no reducer whose router is sensitivity or local, which have weights to fit")
     return found
 
 

@@ -1,15 +1,16 @@
-"""Telling, at the end of an epoch, which samples the loader could not use."""
+"""Telling, at the end of an epoch, which samples the loaders could not use."""
 
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import lightning
 
 from dtpvit.datamodules.samples import CAUSES
 from dtpvit.encoder.ops.collectives import add_up
 
-__all__ = ["report_skipped"]
+__all__ = ["report_skipped", "report_unread"]
 
 logger = logging.getLogger(__name__)
 
@@ -25,3 +26,15 @@ def report_skipped(task: lightning.LightningModule) -> None:
     if skipped and task.trainer.is_global_zero:
         causes = ", ".join(f"{count} {cause}" for cause, count in skipped.items())
         logger.warning("epoch %d: skipped %s", task.current_epoch + 1, causes)
+
+
+def report_unread(task: lightning.LightningModule) -> None:
+    """Log how many images an evaluation is without, over all ranks, which call this together."""
+    trainer = task.trainer
+    loaders: Any = trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
+    loaders = loaders if isinstance(loaders, list) else [loaders]
+    (count,) = add_up(sum(getattr(loader, "skipped", 0) for loader in loaders), device=task.device)
+    if count and trainer.is_global_zero:
+        broken = [name for loader in loaders for name in getattr(loader, "broken", [])]
+        such_as = f", such as {broken[0]}" if broken else ""
+        logger.warning("images that could not be read or have no label, and do not count: %d%s", count, such_as)

@@ -96,6 +96,22 @@ def test_a_run_trains_and_validates_and_resumes_exactly_in_mid_epoch(tmp_path, k
         assert torch.equal(resumed.weight, whole.weight)
 
 
+@pytest.mark.parametrize("kind", ["folders", "shards"])
+def test_unaugmented_training_images_are_validations_in_every_epoch(tmp_path, kind):
+    root = tree = make_tree(tmp_path / "tree", 4, make=lambda number: noisy_jpeg(number, (30 + number, 44 - number)))
+    if kind == "shards":
+        root = make_shards(tmp_path / "shards", tree)
+    data = module(train=root, val=root, image_size=(16, 24), crop_pct=0.8, interpolation="bilinear", augment=False)
+    assert not data.augments and module().augments
+    data.setup("fit")
+    expected = {image.numpy().tobytes() for batch in data.val_dataloader() for image in batch["image"]}
+    loader = data.train_dataloader()
+    for epoch in range(2):
+        loader.set_epoch(epoch)
+        found = [image.numpy().tobytes() for batch in loader for image in batch["image"]]
+        assert len(found) == len(expected) == 12 and set(found) == expected
+
+
 @no_validation
 @pytest.mark.parametrize("kind", ["folders", "shards"])
 def test_overfitting_shows_the_same_batches_again(tmp_path, kind):

@@ -37,9 +37,10 @@ def test_mean_and_dtp_gradients_equal_the_einsum_formula_in_float64(lengths, rat
     hidden, hard, size, opening = pack(lengths, rate, seed)
     fast_h, slow_h = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
     fast_b, slow_b = hard.clone().requires_grad_(), hard.clone().requires_grad_()
-    segments = Segments.of(hard, int(hard.sum()), size, opening)
+    fast_s, slow_s = size.clone().requires_grad_(), size.clone().requires_grad_()
+    segments = Segments.of(hard, int(hard.sum()), fast_s, opening)
     pooled = pool_segments(fast_h, fast_b, segments, estimator="dtp")
-    parts = zip(slow_h.split(lengths), slow_b.split(lengths), size.split(lengths), strict=True)
+    parts = zip(slow_h.split(lengths), slow_b.split(lengths), slow_s.split(lengths), strict=True)
     expected = torch.cat([einsum_mean(*part) for part in parts])
     torch.testing.assert_close(pooled, expected, rtol=1e-13, atol=1e-13)
     weight = torch.randn(pooled.shape, dtype=torch.float64)
@@ -47,6 +48,7 @@ def test_mean_and_dtp_gradients_equal_the_einsum_formula_in_float64(lengths, rat
     (expected * weight).sum().backward()
     torch.testing.assert_close(fast_h.grad, slow_h.grad, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(fast_b.grad, slow_b.grad, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(fast_s.grad, slow_s.grad, rtol=1e-10, atol=1e-10)
 
 
 @settings(max_examples=30, deadline=None)
@@ -72,6 +74,19 @@ def test_symmetric_vote_equals_its_definition(lengths, rate, seed):
             pull = sum(size[i] * (grad[s] @ (hidden[i] - pooled[s])) for i in tail)
             votes[j] = pull.abs() / size[ids == s].sum()
     torch.testing.assert_close(starts.grad, -votes.detach(), rtol=1e-9, atol=1e-9)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=3), st.floats(0, 1), st.integers(0, 99))
+def test_gate_equals_multiplying_pooled_tokens_by_a_confidence_of_one(lengths, rate, seed):
+    hidden, hard, size, opening = pack(lengths, rate, seed)
+    segments = Segments.of(hard, int(hard.sum()), size, opening)
+    starts, confidence = hard.clone().requires_grad_(), hard.clone().requires_grad_()
+    pooled = pool_segments(hidden, starts, segments, estimator="gate")
+    grad = torch.randn(pooled.shape, dtype=torch.float64)
+    pooled.backward(grad)
+    (pooled.detach() * confidence[hard > 0.5][:, None]).backward(grad)
+    torch.testing.assert_close(starts.grad, confidence.grad.masked_fill(opening, 0.0))
 
 
 def test_order_reads_the_tokens_in_another_sequence():
@@ -109,5 +124,5 @@ def test_constant_tokens_survive_in_bfloat16():
 
 def test_unknown_estimator_is_refused():
     hidden, hard, size, opening = pack([4], 0.5, 0)
-    with pytest.raises(ValueError, match="expected one of dtp, symmetric"):
+    with pytest.raises(ValueError, match="expected one of dtp, symmetric, gate"):
         pool_segments(hidden, hard, Segments.of(hard, int(hard.sum()), size, opening), estimator="hope")

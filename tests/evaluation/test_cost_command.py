@@ -2,18 +2,24 @@
 
 import json
 import re
+from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
+import yaml
 from PIL import Image
 from torch import nn
 
 from dtpvit.cli import main
 from dtpvit.encoder.reducers import DynamicPooling
 from dtpvit.evaluation.comparison import measure_cost
+from dtpvit.evaluation.cost import image_cost
 from dtpvit.evaluation.measuring import Quartiles, alternate, memory_of_step, speed_ups
 from dtpvit.evaluation.towers import dense_counterpart, load_tower
+from dtpvit.tasks.classification import Classification
 
+CONFIGS = Path(__file__).parents[2] / "configs"
 CPU = torch.device("cpu")
 TINY = "dtp_vit_tiny_patch16_224_4x"
 
@@ -66,6 +72,8 @@ def test_real_images(tmp_path, capsys):
         ([TINY, "--images", "."], "holds neither images nor tar shards"),
         ([TINY, "--device", "meta"], "'meta' cannot be used"),
         (["odd.yaml"], "the model is 5"),
+        (["odd_classifier.yaml"], "the model is 5; expected a name like vit_tiny_patch16_224"),
+        (["bare.pth"], "bare.pth does not record which model it is; give one of `dtpvit fit`, or the model's name"),
         ([TINY, "--images", "nowhere"], "nowhere"),
         ([TINY, "--batch-size", "0"], "batch_size is 0"),
         ([TINY, "--device", "abacus"], "'abacus' cannot be used"),
@@ -77,6 +85,8 @@ def test_a_mistake_is_one_sentence(arguments, sentence, tmp_path, monkeypatch, c
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text("no image")
     (tmp_path / "odd.yaml").write_text("model: {init_args: {model: 5}}")
+    (tmp_path / "odd_classifier.yaml").write_text("model: {init_args: {model: 5, num_classes: 3}}")
+    torch.save({"state_dict": {"head.weight": torch.zeros(2, 2)}}, tmp_path / "bare.pth")
     assert main(["cost", *arguments]) == 2
     said = capsys.readouterr().err
     assert sentence in said and said.count("\n") == 1
@@ -91,6 +101,50 @@ def test_the_dense_counterpart_is_the_published_model():
     ours = small.encode(images)[1].layouts
     dense = twin.encode(images)[1].layouts
     assert small.macs(ours) < twin.macs(dense)
+
+
+@pytest.mark.parametrize("name", ["flowers224", "cifar10", "imagenet_deit_tiny_4x", "imagenet_b32_finetune_10x"])
+def test_a_classifier_is_measured_with_its_head(name):
+    """Against what its dense twin costs by torch's counter, which is the same code for timm's models."""
+    options = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())["model"]["init_args"]
+    tower = load_tower(str(CONFIGS / f"{name}.yaml"))
+    dense = dense_counterpart(tower)
+    images, _ = tower.pixels(None, 2)
+    with torch.no_grad():
+        features, encoding = tower.encode(images)
+        same_shape, _ = dense.encode(images)
+    assert features.shape == same_shape.shape == (2, options["num_classes"])
+    assert list(tower.mean) == options.get("mean", pytest.approx([0.4815, 0.4578, 0.4082], abs=1e-4))
+    assert tower.macs(encoding.layouts) < dense.macs(dense.encode(images)[1].layouts if dense.trunk else ())
+    dim, classes = tower.trunk.dim, options["num_classes"]
+    cost = image_cost(tower.trunk, encoding.layouts, tower.embed_dim)
+    assert cost.projection.tolist() == [dim * classes] * 2
+
+
+def test_the_checkpoint_of_a_classifier_stands_beside_its_dense_twin(tmp_path, capsys):
+    vision = {"image_size": 32, "patch_size": 4, "dim": 32, "depth": 3, "num_heads": 2}
+    reducer = {"class_path": "DynamicPooling", "init_args": {"compression": 4}}
+    task = Classification(model={**vision, "reducers": {1: reducer}}, num_classes=7, std=(0.1, 0.2, 0.3))
+    run = L.Trainer(logger=False, accelerator="cpu", enable_progress_bar=False, enable_model_summary=False)
+    run.strategy.connect(task)
+    run.save_checkpoint(tmp_path / "last.ckpt")
+    tower = load_tower(str(tmp_path / "last.ckpt"))
+    assert tower.std == (0.1, 0.2, 0.3) and tower.image_size == (32, 32) and tower.embed_dim == 7
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(tower.encode(images)[0], task.eval()(images))
+    file = tmp_path / "cost.json"
+    arguments = ["cost", str(tmp_path / "last.ckpt"), "--batch-size", "4", "--rounds", "1"]
+    assert main([*arguments, "--json", str(file)]) == 0
+    said = capsys.readouterr().out
+    assert "without reducers" in said and "give --images" not in said
+    dense, pooled = json.loads(file.read_text())["models"]
+    assert dense["gmacs"] > pooled["gmacs"] and pooled["tokens"]["1"]["mean"] == 17
+    assert dense["gmacs_by_part"]["projection"] == pooled["gmacs_by_part"]["projection"] == 32 * 7 / 1e9
+    task.model.reducers["1"].boundary_calibration.boundary_threshold.fill_(0.1)  # as training does
+    run.save_checkpoint(tmp_path / "last.ckpt")
+    assert main([*arguments, "--steps", "none"]) == 0
+    assert "keeps other numbers of tokens of photographs" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_training_step_costs_thrice_without_the_gradient_of_pixels():

@@ -99,6 +99,16 @@ def test_another_width_another_patch_and_nothing_in_common(tmp_path):
         load_dense(encoder, tmp_path / "foreign.pth")
 
 
+def test_weights_of_another_image_size_see_as_timm_s_own_do(tmp_path):
+    theirs = timm.create_model("vit_tiny_patch16_224", num_classes=0).eval()
+    torch.save(theirs.state_dict(), tmp_path / "224.pth")
+    ours = create_encoder("vit_tiny_patch16_224", image_size=96, init=tmp_path / "224.pth").eval()
+    theirs.set_input_size(img_size=96)
+    images = torch.randn(2, 3, 96, 96)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(images).pooled, theirs(images), rtol=0, atol=1e-5)
+
+
 class Code:
     def __reduce__(self):
         return print, ("run",)

@@ -8,9 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.nn.functional import cross_entropy, one_hot
 from torch.utils.data import DataLoader
 
+from dtpvit.datamodules.labelled_images import LabelledImages
 from dtpvit.encoder import VisionEncoder
 from dtpvit.errors import UserError
 from dtpvit.evaluation.cost import image_macs
@@ -30,13 +32,14 @@ pytestmark = [
 # Modes
 
 
-@pytest.mark.parametrize("mode", ["linear_probe", "frozen", "finetune"])
+@pytest.mark.parametrize("mode", ["adapt", "linear_probe", "frozen", "finetune"])
 def test_each_mode_changes_its_own_parameters_and_no_bit_of_others(mode):
     module = labelled.task(mode=mode, model=labelled.config(drop_path=0.5), weight_decay=0.5)
     before = labelled.weights(module)
     labelled.fit(module, callbacks=[WeightAverage(0.5)])
     names = {name for name, _ in module.model.named_parameters()}
     expected = {
+        "adapt": {n for n in names if n.startswith("reducers.")},
         "linear_probe": {"head.weight", "head.bias"},
         "frozen": {n for n in names if n.startswith(("head.", "reducers."))},
         "finetune": names,
@@ -44,10 +47,11 @@ def test_each_mode_changes_its_own_parameters_and_no_bit_of_others(mode):
     assert labelled.changed(module, before) == expected[mode]
     calibrated = "reducers.1.boundary_calibration.boundary_threshold"
     assert module.state_dict()[calibrated].isnan() == (mode == "linear_probe")
-    if mode == "frozen":
+    if mode in ("adapt", "frozen"):
         module.train()
         learning = {name for name, part in module.model.named_modules() if part.training}
-        assert {"reducers.1", "head"} < learning and not any(name.startswith(("blocks", "norm")) for name in learning)
+        assert "reducers.1" in learning and ("head" in learning) == (mode == "frozen")
+        assert not any(name.startswith(("blocks", "norm")) for name in learning)
 
 
 def test_linear_probing_is_the_same_with_and_without_the_cache(monkeypatch):
@@ -68,11 +72,41 @@ def test_linear_probing_is_the_same_with_and_without_the_cache(monkeypatch):
     assert plain_figures["train/loss"] < 0.9 * math.log(labelled.CLASSES)  # what was compared has learned something
 
 
-@pytest.mark.parametrize(("says_so", "message"), [(True, "switch the data's augmentation off"), (False, "only images")])
+@pytest.mark.parametrize(("says_so", "message"), [(True, "stay the same in every epoch"), (False, "only images")])
 def test_the_cache_refuses_augmented_images(says_so, message):
     module = labelled.task(mode="linear_probe", cache_features=True)
     with pytest.raises(UserError, match=message):
         labelled.fit(module, labelled.Images(augment=True, says_so=says_so), max_epochs=2)
+
+
+def image_files(root, count, salt):
+    """The generated images as class folders."""
+    for number, (pixels, label) in enumerate(zip(*labelled.images(count, salt), strict=True)):
+        file = root / f"class{label}" / f"{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(file)
+    return str(root)
+
+
+def test_linear_probing_on_files_is_the_same_with_and_without_the_cache(tmp_path, monkeypatch):
+    options = {"train": image_files(tmp_path / "train", 40, 0), "val": image_files(tmp_path / "val", 30, 1)}
+    options |= {"batch_size": 8, "num_workers": 0}
+    encoded = []
+    encode = VisionEncoder.forward
+    monkeypatch.setattr(VisionEncoder, "forward", lambda self, x, **o: encoded.append(len(x)) or encode(self, x, **o))
+    results, spent = [], []
+    for cache in (False, True):
+        encoded.clear()
+        module = labelled.task(mode="linear_probe", cache_features=cache, learning_rate=0.05)
+        figures = labelled.fit(module, LabelledImages(**options, augment=False), max_epochs=3)
+        results.append((labelled.weights(module), figures))
+        spent.append(sum(encoded))
+    (plain, plain_figures), (cached, cached_figures) = results
+    assert spent == [3 * (40 + 30), 40 + 30]
+    labelled.check_same(cached, plain, rtol=1e-5, atol=1e-6)
+    assert cached_figures == pytest.approx(plain_figures, rel=1e-5)
+    with pytest.raises(UserError, match="augment false"):
+        labelled.fit(labelled.task(mode="linear_probe", cache_features=True), LabelledImages(**options))
 
 
 # Validation
@@ -131,8 +165,21 @@ def test_mixing_is_a_function_of_its_seed_and_leaves_the_generators_alone():
     hot = one_hot(labels, labelled.CLASSES) * 0.9 + 0.1 / labelled.CLASSES
     share = (target[0] - hot[5])[0] / (hot[0] - hot[5])[0]  # of the image itself, the rest from its partner
     torch.testing.assert_close(target, share * hot + (1 - share) * hot.flip(0))
-    with pytest.raises(UserError, match="a batch has 5"):
-        mix(pixels[:5], labels[:5], 0)
+
+
+@pytest.mark.parametrize("mode", ["batch", "pair", "elem"])
+@pytest.mark.parametrize("count", [1, 5])
+def test_of_an_odd_batch_the_first_image_stays_and_the_others_are_mixed_in_pairs(mode, count):
+    pixels, labels = torch.randn(count, 3, 8, 8), torch.arange(count)
+    mixed, target = Mixing(labelled.CLASSES, mixup=0.8, mode=mode)(pixels.clone(), labels, 0)
+    hot = one_hot(labels, labelled.CLASSES).float()
+    torch.testing.assert_close(mixed[0], pixels[0])
+    torch.testing.assert_close(target[0], hot[0])
+    for i in range(1, count):
+        share, partner = target[i, i], count - i
+        assert 0 < share < 1
+        torch.testing.assert_close(target[i], share * hot[i] + (1 - share) * hot[partner])
+        torch.testing.assert_close(mixed[i], share * pixels[i] + (1 - share) * pixels[partner])
 
 
 @pytest.mark.parametrize("mixing", [{"mixup": 0.8}, {"cutmix": 1.0}, {"erasing": 1.0}])
@@ -167,7 +214,7 @@ def test_labels_are_smoothed_once_whether_mixed_or_not(binary):
 # Two processes
 
 
-@pytest.mark.parametrize("mode", ["linear_probe", "frozen", "finetune"])
+@pytest.mark.parametrize("mode", ["adapt", "linear_probe", "frozen", "finetune"])
 def test_two_processes_equal_one(mode, tmp_path):
     """Weights after an epoch, and validation of 13 images, which the ranks share unequally."""
     found = []
@@ -198,7 +245,7 @@ def test_two_processes_equal_one(mode, tmp_path):
     ("options", "message"),
     [
         ({"num_classes": 1}, "num_classes is 1; expected at least 2"),
-        ({"mode": "probe"}, "mode is 'probe'; expected one of linear_probe, frozen, finetune"),
+        ({"mode": "probe"}, "mode is 'probe'; expected one of adapt, linear_probe, frozen, finetune"),
         ({"model": "vit_teeny_patch16_224"}, "no encoder is called 'vit_teeny_patch16_224'"),
         ({"model": {"preset": "vit_tiny_patch16_224", "widht": 3}}, "the vision config does not build"),
         ({"label_smoothing": 1.0}, "label_smoothing is 1.0"),
@@ -209,6 +256,8 @@ def test_two_processes_equal_one(mode, tmp_path):
         ({"cache_features": True, "mode": "linear_probe", "mixing": {"mixup": 1.0}}, "leave out mixing and teacher"),
         ({"compression_warmup": 5, "mode": "linear_probe"}, "which linear_probe keeps"),
         ({"compression_warmup": 5, "model": labelled.config(reducers={})}, "no reducer has a compression"),
+        ({"mode": "adapt", "model": labelled.config(reducers={})}, "nothing to learn"),
+        ({"mode": "adapt", "mixing": {"mixup": 1.0}}, "leave out mixing and teacher"),
         ({"teacher": {"model": "vit_tiny_patch16_224"}}, "expected model, and init"),
     ],
 )

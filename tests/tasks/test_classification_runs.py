@@ -14,7 +14,8 @@ from timm.optim import param_groups_layer_decay
 from dtpvit._run_folder import RunCheckpoint, StepSeed
 from dtpvit.cli import main
 from dtpvit.errors import UserError
-from dtpvit.interop.image_models import pixel_statistics
+from dtpvit.interop.image_models import load_classifier, pixel_statistics
+from dtpvit.interop.loading import load_clip
 from dtpvit.tasks.classification import Classification
 from dtpvit.tasks.contrastive import Contrastive
 from dtpvit.tasks.optimization import layer_groups
@@ -230,10 +231,34 @@ def test_a_checkpoint_is_timm_s(name, tmp_path):
         torch.testing.assert_close(module.eval()(images), theirs(images), rtol=0, atol=1e-5)
     again = Classification.load_from_checkpoint(tmp_path / "last.ckpt", weights_only=True)
     labelled.check_same(labelled.weights(again), labelled.weights(module))
+    loaded = load_classifier(tmp_path / "last.ckpt")
+    assert loaded.name == name and (loaded.mean, loaded.std) == ((0.5,) * 3, (0.5,) * 3)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.model(images), theirs(images), rtol=0, atol=1e-5)
     fresh = Classification(model=name, num_classes=3, init=str(tmp_path / "last.ckpt"))
     fresh.trainer = labelled.trainer()
     fresh.setup("fit")
     assert torch.equal(fresh.model.blocks[3].mlp.fc1.weight, module.model.blocks[3].mlp.fc1.weight)
+
+
+def test_a_trained_classifier_is_loaded_as_it_was_and_nothing_else_is(tmp_path):
+    module, keep = labelled.task(mean=(0.1, 0.2, 0.3)), RunCheckpoint(dirpath=tmp_path, save_last=True)
+    labelled.fit(module, callbacks=[keep], enable_checkpointing=True)
+    loaded = load_classifier(tmp_path / "last.ckpt")
+    assert not loaded.model.training and loaded.name == "custom" and loaded.mean == (0.1, 0.2, 0.3)
+    assert loaded.model.reducers["1"].boundary_calibration.boundary_threshold.isfinite()
+    pixels = torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(loaded.model(pixels), module.eval()(pixels))
+    with pytest.raises(UserError, match=r"last.ckpt is of a classifier; expected one of a dual encoder"):
+        load_clip(checkpoint=tmp_path / "last.ckpt")
+    content = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    other = {**content["hyper_parameters"], "num_classes": 3}
+    torch.save({**content, "hyper_parameters": other}, tmp_path / "other.ckpt")
+    torch.save({"state_dict": pairs.task().state_dict(), "hyper_parameters": {"model": "x"}}, tmp_path / "clip.ckpt")
+    for file, message in {"other": r"head.weight \(7, 32\), here \(3, 32\)", "clip": "records no classifier"}.items():
+        with pytest.raises(UserError, match=message):
+            load_classifier(tmp_path / f"{file}.ckpt")
 
 
 def test_a_run_starts_from_the_image_tower_of_a_contrastive_checkpoint(tmp_path, caplog):

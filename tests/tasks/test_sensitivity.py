@@ -31,7 +31,7 @@ def test_unfitted_it_is_minimum_variance():
 def test_the_mean_is_weighted_and_the_size_is_not():
     tokens = Tokens.from_dense(torch.randn(1, 37, 32, dtype=torch.float64), num_prefix=1, grid=(6, 6))
     reducer = by_sensitivity().eval()
-    reducer.boundary_predictor.boundary_sensitivity.normal_()
+    reducer.boundary_predictor.boundary_sensitivity.data.normal_()
     found = reducer(tokens, Evidence()).tokens
     assert found.size[1:].sum() == 36 and torch.equal(found.size, found.size.round())
     weights = reducer.boundary_predictor.weights(tokens).double()
@@ -88,7 +88,7 @@ def test_the_fit_finds_a_linear_law():
 
 
 def test_an_encoder_without_such_a_router_is_refused():
-    with pytest.raises(ValueError, match="no reducer with router='sensitivity'"):
+    with pytest.raises(ValueError, match="no reducer whose router is sensitivity or local"):
         fit_sensitivity(small(), [])
 
 

@@ -6,11 +6,20 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits
 
 from dtpvit.encoder.layout import Layout
 from dtpvit.encoder.ops.exportable import descending_ranks
 
-__all__ = ["band_loss", "batch_threshold", "binomial_loss", "ratio_loss", "straight_through", "top_per_image"]
+__all__ = [
+    "band_loss",
+    "batch_threshold",
+    "binomial_loss",
+    "imitation_loss",
+    "ratio_loss",
+    "straight_through",
+    "top_per_image",
+]
 
 
 def straight_through(hard: Tensor, logits: Tensor, temperature: float) -> Tensor:
@@ -91,3 +100,16 @@ def ratio_loss(hard_rate: Tensor, mean_probability: Tensor, rate: float) -> Tens
 def band_loss(rates: Tensor, low: float, high: float) -> Tensor:
     """Mean hinge on each image's rate outside [low, high] (S-DRIP, Peng and Kumar 2025); ``rates`` of shape (B,)."""
     return (torch.relu(low - rates) + torch.relu(rates - high)).mean()
+
+
+def imitation_loss(logits: Tensor, starts: Tensor, layout: Layout) -> Tensor:
+    """Mean binary cross-entropy of the free places' logits with starts that somebody else found, a scalar.
+
+    Args:
+        logits: Shape (T,).
+        starts: Zero or one, shape (T,).
+        layout: Of the T places.
+    """
+    free = ~layout.opening
+    loss = binary_cross_entropy_with_logits(logits, starts.to(logits.dtype), reduction="none")
+    return loss.masked_fill(layout.opening, 0.0).sum() / free.sum().clamp(min=1)

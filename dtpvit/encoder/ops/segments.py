@@ -15,7 +15,7 @@ from torch.nn.functional import embedding_bag
 
 _ROWS_AT_ONCE = 1024  # on a CPU a product of so many rows stays in the cache
 
-__all__ = ["ESTIMATORS", "Segments", "dtp_vote", "pool_segments", "segment_ids", "symmetric_vote"]
+__all__ = ["ESTIMATORS", "Segments", "dtp_vote", "gate_vote", "pool_segments", "segment_ids", "symmetric_vote"]
 
 
 def segment_ids(starts: Tensor) -> Tensor:
@@ -36,8 +36,9 @@ class Segments:
         begin: Place where each segment begins, int64, shape (S,).
         order: Token at each place of the line, int64, shape (T,), or None where the line is the packed order.
         opening: Places that must begin a segment whatever the logits say, bool, shape (T,).
-        size: Patches of the token at each place, float32, shape (T,).
-        total: Patches of each segment, float32, shape (S,).
+        size: What the token at each place counts for, float32, shape (T,): its patches, perhaps times a learned weight,
+            which then gets its exact gradient.
+        total: Sum of the sizes of each segment, float32, shape (S,).
     """
 
     ids: Tensor
@@ -54,7 +55,7 @@ class Segments:
         Args:
             starts: One where a segment begins, shape (T,).
             count: How many ones there are, known on the host.
-            size: Patches of each token in packed order, shape (T,).
+            size: Patches of each token in packed order, perhaps weighted, shape (T,).
             opening: Shape (T,), in line order.
             order: Shape (T,).
         """
@@ -64,7 +65,7 @@ class Segments:
         begin = places.new_empty(count + 1).scatter_(0, slot, places)[:count]
         line_size = size if order is None else size[order]
         # Sums of whole numbers: exact, hence the same in whatever order the device adds them.
-        total = line_size.new_zeros(count).index_add_(0, ids, line_size)
+        total = line_size.new_zeros(count).index_add_(0, ids, line_size.detach())
         return cls(ids, begin, order, opening, line_size, total)
 
     @classmethod
@@ -140,17 +141,28 @@ def symmetric_vote(pull: Tensor, grad: Tensor, pooled: Tensor, segments: Segment
     return -vote.masked_fill(segments.opening, 0.0)
 
 
-ESTIMATORS: dict[str, Vote] = {"dtp": dtp_vote, "symmetric": symmetric_vote}
+def gate_vote(pull: Tensor, grad: Tensor, pooled: Tensor, segments: Segments) -> Tensor:
+    """<g_s, p_s> where segment s begins, zero elsewhere; shapes as in :func:`dtp_vote`.
+
+    As if each pooled token were multiplied by the confidence in its boundary, rounded up to one in value: the
+    straight-through gate of H-Net (Hwang, Wang and Gu, "Dynamic Chunking for End-to-End Hierarchical Sequence
+    Modeling", 2025).
+    """
+    vote = pull.new_zeros(pull.shape).index_copy(0, segments.begin, (grad * pooled).sum(1).to(pull.dtype))
+    return vote.masked_fill(segments.opening, 0.0)
+
+
+ESTIMATORS: dict[str, Vote] = {"dtp": dtp_vote, "symmetric": symmetric_vote, "gate": gate_vote}
 
 
 class _PoolSegments(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, features: Tensor, starts: Tensor, segments: Segments, vote: Vote) -> Tensor:
+    def forward(ctx: Any, features: Tensor, starts: Tensor, size: Tensor, segments: Segments, vote: Vote) -> Tensor:
         order = segments.order
         line = torch.arange(features.shape[0], device=features.device) if order is None else order
         # One fused pass that reads rows in line order and adds each segment in sequence: no (T, D) copy, no atomics.
         total = embedding_bag(
-            line, features.detach(), segments.begin, mode="sum", per_sample_weights=segments.size.to(features.dtype)
+            line, features.detach(), segments.begin, mode="sum", per_sample_weights=size.detach().to(features.dtype)
         )
         pooled = total / segments.total[:, None].to(features.dtype)
         ctx.save_for_backward(features, pooled)
@@ -158,26 +170,29 @@ class _PoolSegments(torch.autograd.Function):
         return pooled
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         features, pooled = ctx.saved_tensors
         segments: Segments = ctx.segments
         grad = grads[0]
-        grad_features = grad_starts = None
+        grad_features = grad_starts = grad_size = None
         # One tensor for both gradients: on a CPU a fresh (T, D) tensor costs more than filling it.
         spread = grad.index_select(0, segments.tokens())
-        if ctx.needs_input_grad[1]:
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
             wide = torch.promote_types(features.dtype, torch.float32)
             offset = _row_products(grad, pooled, wide)
             pull = _row_products(spread, features, wide)
             pull = pull if segments.order is None else pull[segments.order]
             pull = pull - offset[segments.ids]
-            grad_starts = ctx.vote(pull, grad.to(wide), pooled.to(wide), segments)
+            if ctx.needs_input_grad[1]:
+                grad_starts = ctx.vote(pull, grad.to(wide), pooled.to(wide), segments)
+            if ctx.needs_input_grad[2]:
+                grad_size = pull / segments.total[segments.ids]
         if ctx.needs_input_grad[0]:
-            share = segments.size / segments.total[segments.ids]
+            share = segments.size.detach() / segments.total[segments.ids]
             if segments.order is not None:
                 share = torch.empty_like(share).scatter_(0, segments.order, share)
             grad_features = spread.mul_(share[:, None].to(grad.dtype))
-        return grad_features, grad_starts, None, None
+        return grad_features, grad_starts, grad_size, None, None
 
 
 def _row_products(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
@@ -194,15 +209,16 @@ def pool_segments(features: Tensor, starts: Tensor, segments: Segments, *, estim
         features: Shape (T, D), packed order.
         starts: Straight-through starts in line order: zero or one in value, differentiable, shape (T,).
         segments: The partition that ``starts`` describes.
-        estimator: What gradient ``starts`` gets: ``"symmetric"`` (:func:`symmetric_vote`) or ``"dtp"``
-            (:func:`dtp_vote`).
+        estimator: What gradient ``starts`` gets: ``"symmetric"`` (:func:`symmetric_vote`), ``"dtp"``
+            (:func:`dtp_vote`) or ``"gate"`` (:func:`gate_vote`).
 
     Returns:
-        Shape (S, D). The gradient of ``features`` is exact; O(T * D) in time and memory, no (T, S) matrix.
+        Shape (S, D). The gradients of ``features`` and ``segments.size`` are exact; O(T * D) in time and memory, no
+        (T, S) matrix.
 
     Raises:
         ValueError: If ``estimator`` is unknown.
     """
     if estimator not in ESTIMATORS:
         raise ValueError(f"estimator is {estimator!r}; expected one of {', '.join(ESTIMATORS)}")
-    return _PoolSegments.apply(features, starts, segments, ESTIMATORS[estimator])
+    return _PoolSegments.apply(features, starts, segments.size, segments, ESTIMATORS[estimator])

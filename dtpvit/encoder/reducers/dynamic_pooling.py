@@ -14,6 +14,7 @@ from dtpvit.encoder.ops.boundaries import (
     band_loss,
     batch_threshold,
     binomial_loss,
+    imitation_loss,
     ratio_loss,
     straight_through,
     top_per_image,
@@ -26,7 +27,7 @@ from dtpvit.encoder.reducers.base import Reduction
 from dtpvit.encoder.reducers.baseline import GradientBaseline
 from dtpvit.encoder.reducers.boundary_pooling import BoundaryPooling
 from dtpvit.encoder.reducers.calibration import BoundaryCalibration
-from dtpvit.encoder.reducers.routers import ROUTERS
+from dtpvit.encoder.reducers.routers import ROUTERS, exact_starts
 from dtpvit.encoder.tokens import Tokens
 
 __all__ = ["DynamicPooling"]
@@ -45,12 +46,12 @@ class DynamicPooling(BoundaryPooling):
     Args:
         dim: Width D of the tokens.
         compression: Tokens in for each token out.
-        router: What scores the places: ``"mlp"``, ``"cosine"``, ``"minimum_variance"`` or ``"sensitivity"``
-            (:mod:`dtpvit.encoder.reducers.routers`); the last two are exact and have a fixed budget, the third has
-            nothing to train and the fourth is fitted in closed form.
+        router: What scores the places: ``"mlp"``, ``"cosine"``, ``"local"``, ``"minimum_variance"`` or
+            ``"sensitivity"`` (:mod:`dtpvit.encoder.reducers.routers`); the last two are exact and have a fixed budget.
         estimator: How the task teaches the predictor: ``"regression"`` of the symmetric votes
-            (:mod:`dtpvit.encoder.ops.regression`), or straight through ``"symmetric"`` votes or ``"dtp"``'s
-            averaging weights (:mod:`dtpvit.encoder.ops.segments`).
+            (:mod:`dtpvit.encoder.ops.regression`), or straight through ``"symmetric"`` votes, ``"dtp"``'s
+            averaging weights or H-Net's ``"gate"`` (:mod:`dtpvit.encoder.ops.segments`); or ``"imitation"``: training
+            uses the exact segments of least variance, which the predictor learns to name.
         rate: What holds the mean rate: ``"quantile"``, the threshold is the quantile of the whole batch's noisy logits
             that gives it, over all ranks; or one of the published losses ``"binomial"`` (a prior on each image's
             count), ``"ratio"`` (H-Net's, on this process's batch) and ``"band"`` (a hinge on each image's rate), with
@@ -75,8 +76,8 @@ class DynamicPooling(BoundaryPooling):
         dim: int,
         *,
         compression: float,
-        router: Literal["mlp", "cosine", "minimum_variance", "sensitivity"] = "mlp",
-        estimator: Literal["regression", "symmetric", "dtp"] = "regression",
+        router: Literal["mlp", "cosine", "local", "minimum_variance", "sensitivity"] = "mlp",
+        estimator: Literal["regression", "symmetric", "dtp", "gate", "imitation"] = "regression",
         rate: Literal["quantile", "binomial", "ratio", "band"] = "quantile",
         rate_weight: float = 1.0,
         band: float = 0.2,
@@ -86,7 +87,7 @@ class DynamicPooling(BoundaryPooling):
         temperature: float = 0.5,
         null_token: bool = False,
     ) -> None:
-        vote = "symmetric" if estimator == "regression" else estimator
+        vote = "symmetric" if estimator in ("regression", "imitation") else estimator
         super().__init__(compression, order=order, proportional=proportional, estimator=vote)
         if router not in ROUTERS:
             raise ValueError(f"router is {router!r}; expected one of {', '.join(ROUTERS)}")
@@ -96,17 +97,21 @@ class DynamicPooling(BoundaryPooling):
             raise ValueError(f"budget is {budget!r}; expected dynamic or fixed")
         self.rate, self.rate_weight, self.band = rate, rate_weight, band
         self.temperature = temperature
-        self.boundary_predictor = ROUTERS[router](dim, initial_rate=None if rate == "quantile" else 1 / compression)
+        shifts = rate == "quantile" and estimator != "imitation"
+        self.boundary_predictor = ROUTERS[router](dim, initial_rate=None if shifts else 1 / compression)
         self.fixed = budget == "fixed" or self.boundary_predictor.decides
         self.boundary_calibration = None if self.fixed else BoundaryCalibration()
         if self.fixed and rate != "quantile":
             raise ValueError(f"rate {rate!r} has nothing to hold where the budget is fixed; leave it at quantile")
-        if estimator == "regression" and rate != "quantile":
-            raise ValueError(f"estimator 'regression' leaves the rate to the threshold; with rate {rate!r} use another")
+        if estimator in ("regression", "imitation") and rate != "quantile":
+            raise ValueError(
+                f"estimator {estimator!r} leaves the rate to the threshold; with rate {rate!r} use another"
+            )
         learns = not self.boundary_predictor.decides
         self.regress = learns and estimator == "regression"
+        self.imitate = learns and estimator == "imitation"
         # A threshold that follows the logits lets them drift; a rate loss holds them in place.
-        drifts = learns and rate == "quantile" and not self.regress
+        drifts = learns and rate == "quantile" and not (self.regress or self.imitate)
         self.boundary_baseline = GradientBaseline() if drifts else None
         self.boundary_null = nn.Parameter(torch.randn(1, dim)) if null_token else None
 
@@ -130,26 +135,31 @@ class DynamicPooling(BoundaryPooling):
             wanted, most = self.segments_wanted(layout)
             weights = self.boundary_predictor.weights(tokens)
             weighted = tokens if weights is None else replace(tokens, size=tokens.size * weights)
-            logits = self.boundary_predictor(weighted, order, wanted, most)
+            logits = self.boundary_predictor(_detached(weighted) if self.imitate else weighted, order, wanted, most)
             scores = self._add_noise(logits, tokens)
             if self.boundary_baseline is not None and scores.requires_grad:
                 scores = self.boundary_baseline(scores, ~layout.opening)
             hard, cut, joint = self._decide(logits, scores, layout, wanted, evidence)
-            if self.boundary_predictor.decides:
+            losses = {}
+            if self.imitate and self.training:
+                hard = exact_starts(weighted, order, wanted, most)
+                losses = {"imitation": imitation_loss(logits, hard, layout)}
+            if self.boundary_predictor.decides or self.imitate:
                 starts = hard
             elif cut is None:
                 starts = regress_votes(hard, logits, layout)
             else:
                 starts = straight_through(hard, scores - cut, self.temperature)
             starts = torch.where(layout.opening, torch.ones_like(starts), starts)
-        fixed = most if self.fixed and layout.uniform else None
+        known = self.fixed or (self.imitate and self.training)
+        fixed = most if known and layout.uniform else None
         pooled = self.pool(tokens, starts, order, fixed=fixed, weights=weights)
         if self.boundary_null is not None:
             pooled = _put_in_front(pooled, self.boundary_null)
-        return Reduction(pooled, self._losses(starts, scores, layout), joint)
+        return Reduction(pooled, {**losses, **self._losses(starts, scores, layout)}, joint)
 
     def _add_noise(self, logits: Tensor, tokens: Tokens) -> Tensor:
-        if not self.training or self.boundary_predictor.decides:
+        if not self.training or self.boundary_predictor.decides or self.imitate:
             return logits
         if tokens.seed is None:
             raise ValueError("training needs tokens.seed, from which the noise of each image follows")
@@ -161,7 +171,7 @@ class DynamicPooling(BoundaryPooling):
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Hard starts, shape (T,); what scores are cut at, where a gradient straight through the cut needs it; and in
         training the free scores."""
-        straight = not (self.regress or self.boundary_predictor.decides)
+        straight = not (self.regress or self.imitate or self.boundary_predictor.decides)
         calibration = self.boundary_calibration
         if calibration is None or not self.training:
             taken = top_per_image(scores.detach(), layout.opening, layout, wanted - 1)
@@ -219,6 +229,11 @@ class DynamicPooling(BoundaryPooling):
             probability = torch.sigmoid(scores.index_select(0, layout.free)).mean()
             loss = ratio_loss(counts.detach().sum() / patches.sum(), probability, target)
         return {"rate": self.rate_weight * loss}
+
+
+def _detached(tokens: Tokens) -> Tokens:
+    """What is named after the fact must not move to be named more easily."""
+    return replace(tokens, features=tokens.features.detach(), size=tokens.size.detach())
 
 
 def _cut(scores: Tensor, taken: Tensor, layout: Layout) -> Tensor:
