@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dtpvit import __version__
+from dtpvit._shorthands import SHORTHANDS, expand_shorthands, missing_file, options
 from dtpvit.errors import UserError
 
 __all__ = ["main"]
@@ -57,16 +58,6 @@ COMMANDS = {
         "dtpvit.interop.export:export",
     ),
 }
-
-_SHORTHANDS = """\
-Shorthands of fit, validate, test, predict and tune:
-  --data DATA        a folder, a brace list or a list of shards: --data.init_args.train (fit, tune) or .val
-  --init FILE        start from these weights: --model.init_args.init
-  --precision P      --trainer.precision (unless given: bf16-mixed on a GPU, 32-true on a CPU)
-  --name NAME        the run's folder, runs/NAME (unless given: the name of the last --config file)
-
-`dtpvit COMMAND --help` lists all options of a command. DTPVIT_DEBUG=1 shows tracebacks.
-Exit codes: 0 done, 1 a fault of ours, 2 something you can put right, 130 interrupted."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -118,11 +109,11 @@ def _dispatch(arguments: list[str]) -> int:
     elif name == "tune":
         from dtpvit._tune_cli import TuneCLI
 
-        TuneCLI(_expand_shorthands(name, rest))
+        TuneCLI(expand_shorthands(name, rest))
     else:
         from dtpvit._trainer_cli import TrainerCLI
 
-        TrainerCLI(name, _expand_shorthands(name, rest))
+        TrainerCLI(name, expand_shorthands(name, rest))
     return 0
 
 
@@ -175,7 +166,7 @@ def _help() -> str:
     ]
     lines += ["usage: dtpvit COMMAND [options]", ""]
     lines += [f"  {name:<10} {command.summary}" for name, command in COMMANDS.items()]
-    return "\n".join([*lines, "  help       this text; also --version", "", _SHORTHANDS])
+    return "\n".join([*lines, "  help       this text; also --version", "", SHORTHANDS])
 
 
 def _unknown_command(name: str) -> str:
@@ -192,23 +183,11 @@ def _underscores(argument: str) -> str:
     return argument if match is None else "--" + match[0][2:].replace("-", "_") + argument[match.end() :]
 
 
-def _options(arguments: list[str]) -> Iterator[tuple[int, int, str, str]]:
-    """Each option with a value, as (index, arguments it takes up, option, value)."""
-    for index, argument in enumerate(arguments):
-        option, equals, value = argument.partition("=")
-        if not option.startswith("-"):
-            continue
-        if equals:
-            yield index, 1, option, value
-        elif index + 1 < len(arguments):
-            yield index, 2, option, arguments[index + 1]
-
-
 def _with_config_of_run(command: str, arguments: list[str]) -> list[str]:
     """The arguments, with the ``config.yaml`` of a run where its checkpoint is all that says what to do."""
     if COMMANDS[command].target is not None or any(re.match(_SAYS_WHAT_TO_DO, a) for a in arguments):
         return arguments
-    for _, _, option, value in _options(arguments):
+    for _, _, option, value in options(arguments):
         config = Path(value).parent.parent / "config.yaml"
         if option == "--ckpt_path" and config.is_file():
             return ["--config", str(config), *arguments]
@@ -218,39 +197,11 @@ def _with_config_of_run(command: str, arguments: list[str]) -> list[str]:
 def _check_config_files(command: str, arguments: list[str]) -> None:
     if COMMANDS[command].target is None and not any(re.match(_SAYS_WHAT_TO_DO, a) for a in arguments):
         raise UserError(f"{command} needs to know what to run; write `dtpvit {command} --config FILE`.")
-    for _, _, option, value in _options(arguments):
+    for _, _, option, value in options(arguments):
         path = Path(value)
         if option not in ("-c", "--config") or path.is_file() or "\n" in value or "://" in value:
             continue
-        folder = path.parent if path.parent.is_dir() else Path("configs")
-        names = sorted(p.name for p in folder.glob("*.yaml"))
-        near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.4)
-        advice = f"did you mean {folder / near[0]}?" if near else f"{folder}/ holds {len(names)} YAML files."
-        raise UserError(f"there is no config file {value!r}; {advice}")
-
-
-def _expand_shorthands(command: str, arguments: list[str]) -> list[str]:
-    """Replace the shorthands by what they stand for, moved to the end, where no config overrides them."""
-    long = {
-        "--data": f"--data.init_args.{'train' if command in ('fit', 'tune') else 'val'}",
-        "--init": "--model.init_args.init",
-        "--precision": "--trainer.precision",
-    }
-    kept, moved, skip = list[str](), list[str](), set[int]()
-    for index, width, option, value in _options(arguments):
-        if option in long and index not in skip and not (option == "--data" and _names_a_class(value)):
-            moved.append(f"{long[option]}={value}")
-            skip |= set(range(index, index + width))
-    kept = [argument for index, argument in enumerate(arguments) if index not in skip]
-    return kept + moved
-
-
-def _names_a_class(value: str) -> bool:
-    """Whether the value of ``--data`` is what LightningCLI takes: a class, a sub-config or inline JSON."""
-    if Path(value).exists():
-        return value.endswith((".yaml", ".yml", ".json"))
-    dotted_class = re.fullmatch(r"([A-Za-z_]\w*\.)*[A-Z]\w*", value)
-    return dotted_class is not None or value.startswith('{"')
+        raise missing_file("config file", value, "configs")
 
 
 def explain(error: BaseException) -> str | None:

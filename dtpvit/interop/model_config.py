@@ -23,7 +23,16 @@ from urllib.parse import quote, unquote
 from dtpvit.encoder.presets import preset
 from dtpvit.errors import UserError
 
-__all__ = ["NAMES", "PATTERN", "from_open_clip", "model_config", "to_open_clip", "trunk_config", "trunk_name"]
+__all__ = [
+    "NAMES",
+    "PATTERN",
+    "from_open_clip",
+    "model_config",
+    "replaced",
+    "to_open_clip",
+    "trunk_config",
+    "trunk_name",
+]
 
 _TEXT = {"context_length": 77, "vocab_size": 49408, "width": 512, "heads": 8, "layers": 12}
 _NAME = re.compile(r"DTP-ViT-B-(?P<patch>16|32)-(?P<rate>1|2|4|10)x(?P<late>-4p8)?(?P<siglip>-siglip)?$")
@@ -109,6 +118,23 @@ def model_config(model: str | Mapping[str, Any]) -> dict[str, Any]:
     if missing:
         raise UserError(f"the model config lacks {sorted(missing)}; give them, or start from name: {NAMES[0]}")
     return config
+
+
+def replaced(
+    vision: Mapping[str, Any], encoder: Mapping[str, Any] | None, reducers: Mapping[Any, Any] | None
+) -> dict[str, Any]:
+    """A vision config with another encoder, or other reducers, than it names.
+
+    Args:
+        vision: The config.
+        encoder: Class path and arguments of another encoder, of which nothing else in the config then speaks.
+        reducers: Instead of all that the config has, an empty mapping for none; None leaves them.
+
+    >>> replaced({"preset": "vit_tiny_patch16_224", "reducers": {}}, None, {3: {"class_path": "ToMe"}})
+    {'preset': 'vit_tiny_patch16_224', 'reducers': {3: {'class_path': 'ToMe'}}}
+    """
+    found = dict(vision) if encoder is None else {"encoder": dict(encoder)}
+    return found if reducers is None else {**found, "reducers": dict(reducers)}
 
 
 def to_open_clip(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -66,7 +66,7 @@ class Pretrained:
 def load_pretrained(
     model: str,
     init: str | None = None,
-    reducers: Mapping[int, Any] | None = None,
+    reducers: Mapping[Any, Any] | None = None,
     *,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,

@@ -19,6 +19,7 @@ from dtpvit.datamodules.transforms import eval_transform
 from dtpvit.errors import UserError
 from dtpvit.evaluation.agreement import Outcome, outcome, placed
 from dtpvit.evaluation.arguments import chosen_device, output_file
+from dtpvit.evaluation.equal_cost import merge_to_cost
 from dtpvit.evaluation.measuring import alternate, machine
 from dtpvit.interop.pretrained import Pretrained, load_pretrained
 from dtpvit.tasks.adaptation import adapt_encoder
@@ -50,7 +51,8 @@ def adapt(
 
     Fits in closed form how much each token matters, then lets the boundary predictor learn the exact segments of least
     variance so weighted, and the weights themselves by the gradient of the output's distance to the dense one. Nothing
-    else changes. Half of the images are kept for the comparison it prints.
+    else changes. Half of the images are kept for the comparison it prints, with the dense encoder and with token
+    merging (ToMe) at the same cost.
 
     Args:
         model: timm's name of a Vision Transformer, or open_clip's of a CLIP with one (NAME or NAME:TAG).
@@ -99,6 +101,11 @@ def adapt(
     found = {
         name: outcome(candidate, dense, held, place, batch_size=batch_size) for name, candidate in candidates.items()
     }
+    merging = load.merging(dense.trunk.depth)
+    outputs = merging.head(merging.trunk.cls_token[0]).shape[1]
+    name = f"ToMe, r = {merge_to_cost(merging.trunk, 1e9 * found['adapted'].gmacs, outputs)}"
+    candidates[name] = merging
+    found[name] = outcome(merging, dense, held, place, batch_size=batch_size)
     speeds = _speeds(candidates, held[:batch_size], place, rounds)
     _show(found, speeds, len(fitted), len(held), dense.num_classes > 0, place)
     _write(candidates["adapted"], target)
@@ -115,6 +122,11 @@ class _Loader:
     order: str
     mean: list[float] | None
     std: list[float] | None
+
+    def merging(self, depth: int) -> Pretrained:
+        """The same weights with token merging in all their blocks."""
+        reducers: dict[Any, Any] = {f"0-{depth - 1}": {"class_path": "ToMe", "init_args": {"r": 1}}}
+        return load_pretrained(self.model, self.init, reducers, mean=self.mean, std=self.std)
 
     def __call__(self, router: str) -> Pretrained:
         if len(self.blocks) != len(self.rates):

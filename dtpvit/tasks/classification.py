@@ -17,7 +17,8 @@ from dtpvit.encoder.ops.noise import draw_seeds
 from dtpvit.errors import UserError
 from dtpvit.evaluation.agreement import dense_output, divergence
 from dtpvit.evaluation.cost import image_macs
-from dtpvit.interop.image_models import create_classifier
+from dtpvit.interop.image_models import create_classifier, vision_config
+from dtpvit.interop.model_config import replaced
 from dtpvit.tasks.classification_options import check_labels, check_options, with_options
 from dtpvit.tasks.classification_validation import ClassificationValidation
 from dtpvit.tasks.distillation import Teacher, TeacherOptions
@@ -69,6 +70,8 @@ class Classification(ImageTask):
         teacher: A dense model to learn from, arguments of :class:`dtpvit.tasks.distillation.Teacher`.
         grad_checkpointing: Recompute blocks in the backward pass.
         max_nonfinite: Steps with a NaN or infinite loss, in a row, after which the run stops.
+        encoder: Instead of the model's Vision Transformer, another encoder: its class_path and init_args.
+        reducers: Instead of the model's, others, by block.
 
     Raises:
         UserError: If the model does not build or an argument does not fit.
@@ -98,9 +101,13 @@ class Classification(ImageTask):
         teacher: TeacherOptions | None = None,
         grad_checkpointing: bool = False,
         max_nonfinite: int = 20,
+        encoder: dict[str, Any] | None = None,
+        reducers: dict[Any, Any] | None = None,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters()
+        if encoder is not None or reducers is not None:
+            model = replaced(vision_config(model), encoder, reducers)
+        self.save_hyperparameters(ignore=["encoder", "reducers"])
         self.mode: Mode = mode
         self.num_classes = num_classes
         built = create_classifier(model, num_classes, mean, std)

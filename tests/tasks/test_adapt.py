@@ -147,6 +147,9 @@ def test_the_command_writes_a_checkpoint_that_loads(weights, folder, tmp_path, c
     assert main([*command, "--steps", "2", "--batch-size", "8", "--rounds", "1", "--out", out]) == 0
     printed = capsys.readouterr().out
     assert "minimum variance" in printed and "adapted" in printed and "24 images" in printed
+    rows = {line[:8].strip(): line.split() for line in printed.splitlines()}
+    ours, merged = (float(rows[name][-2]) for name in ("adapted", "ToMe, r"))
+    assert abs(merged / ours - 1) < 0.07  # of 49 patches one more merge a block is 12 percent
     assert load_classifier(out).model.num_classes == 11
     task = Classification.load_from_checkpoint(out, weights_only=True).eval()
     assert task.num_classes == 11 and sorted(task.model.reducers) == ["3", "7"]

@@ -1,0 +1,103 @@
+"""The short options of the commands that Lightning's Trainer runs, and what they stand for."""
+
+import difflib
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import yaml
+
+from dtpvit.errors import UserError
+
+__all__ = ["SHORTHANDS", "expand_shorthands", "missing_file", "options"]
+
+SHORTHANDS = """\
+Shorthands of fit, validate, test, predict and tune:
+  --data DATA        a folder, a brace list or a list of shards: --data.init_args.train (fit, tune) or .val
+  --init FILE        start from these weights: --model.init_args.init
+  --reducers FILE    reduce tokens so, whatever the config says: configs/reducers/NAME.yaml
+  --encoder FILE     another encoder than a plain Vision Transformer: configs/encoders/NAME.yaml
+  --precision P      --trainer.precision (unless given: bf16-mixed on a GPU, 32-true on a CPU)
+  --name NAME        the run's folder, runs/NAME (unless given: after --config, --encoder and --reducers)
+
+`dtpvit COMMAND --help` lists all options of a command. DTPVIT_DEBUG=1 shows tracebacks.
+Exit codes: 0 done, 1 a fault of ours, 2 something you can put right, 130 interrupted."""
+
+_LONG = {
+    "--data": "--data.init_args.train",
+    "--init": "--model.init_args.init",
+    "--precision": "--trainer.precision",
+    "--encoder": "--model.init_args.encoder",
+    "--reducers": "--model.init_args.reducers",
+}
+
+
+def options(arguments: list[str]) -> Iterator[tuple[int, int, str, str]]:
+    """Each option with a value, as (index, arguments it takes up, option, value)."""
+    for index, argument in enumerate(arguments):
+        option, equals, value = argument.partition("=")
+        if not option.startswith("-"):
+            continue
+        if equals:
+            yield index, 1, option, value
+        elif index + 1 < len(arguments):
+            yield index, 2, option, arguments[index + 1]
+
+
+def expand_shorthands(command: str, arguments: list[str]) -> list[str]:
+    """Replace the shorthands by what they stand for, moved to the end, where no config overrides them.
+
+    Raises:
+        UserError: If a fragment is no YAML file that holds a mapping.
+    """
+    moved, skip, named = list[str](), set[int](), dict[str, str]()
+    for index, width, option, value in options(arguments):
+        if index in skip:
+            continue
+        if option in ("-c", "--config", "--encoder", "--reducers") and Path(value).is_file():
+            named["--config" if option == "-c" else option] = Path(value).stem
+        if option not in _LONG or (option == "--data" and _names_a_class(value)):
+            continue
+        long = "--data.init_args.val" if option == "--data" and command not in ("fit", "tune") else _LONG[option]
+        moved.append(f"{long}={_fragment(option, value) if option in ('--encoder', '--reducers') else value}")
+        skip |= set(range(index, index + width))
+    kept = [argument for index, argument in enumerate(arguments) if index not in skip]
+    if set(named) > {"--config"} and not any(option == "--name" for _, _, option, _ in options(kept)):
+        parts = [named[option] for option in ("--config", "--encoder", "--reducers") if option in named]
+        kept += ["--name", "-".join(parts)]
+    return kept + moved
+
+
+def missing_file(kind: str, value: str, usual: str) -> UserError:
+    """What to say of a YAML file that is not there, with the one that may have been meant."""
+    path = Path(value)
+    there = {file.name: file for folder in (Path(usual), path.parent) for file in sorted(folder.glob("*.yaml"))}
+    near = difflib.get_close_matches(path.name, there, n=1, cutoff=0.4)
+    advice = f"did you mean {there[near[0]]}?" if near else f"{usual}/ holds those that come with dtpvit."
+    return UserError(f"there is no {kind} {value!r}; {advice}")
+
+
+def _fragment(option: str, value: str) -> str:
+    """A part of a config, from its file, as JSON; what is written out passes through."""
+    if value.startswith("{"):
+        return value
+    if not Path(value).is_file():
+        raise missing_file(f"file of {option}", value, f"configs/{option.removeprefix('--').removesuffix('s')}s")
+    try:
+        found = yaml.safe_load(Path(value).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{option} {value} is no YAML: {error}") from error
+    if not isinstance(found, dict):
+        raise UserError(
+            f"{option} {value} holds {type(found).__name__}; expected a mapping like configs/reducers/*.yaml"
+        )
+    return json.dumps(found)
+
+
+def _names_a_class(value: str) -> bool:
+    """Whether the value of ``--data`` is what LightningCLI takes: a class, a sub-config or inline JSON."""
+    if Path(value).exists():
+        return value.endswith((".yaml", ".yml", ".json"))
+    dotted_class = re.fullmatch(r"([A-Za-z_]\w*\.)*[A-Z]\w*", value)
+    return dotted_class is not None or value.startswith('{"')

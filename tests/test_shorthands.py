@@ -1,0 +1,53 @@
+"""Short options: what they stand for, and what is said of fragments that are none."""
+
+from pathlib import Path
+
+import pytest
+
+from dtpvit._shorthands import expand_shorthands
+from dtpvit.cli import main
+from dtpvit.errors import UserError
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs" / "reducers").mkdir(parents=True)
+    (tmp_path / "configs" / "reducers" / "tome.yaml").write_text('"0-11": {class_path: ToMe, init_args: {r: 8}}\n')
+    (tmp_path / "flowers.yaml").write_text("seed_everything: 0\n")
+    return tmp_path
+
+
+def test_a_fragment_becomes_json_and_names_the_run(folder: Path) -> None:
+    given = ["--reducers", "configs/reducers/tome.yaml", "--config", "flowers.yaml", "--trainer.max_steps", "1"]
+    assert expand_shorthands("fit", given) == [
+        *["--config", "flowers.yaml", "--trainer.max_steps", "1", "--name", "flowers-tome"],
+        '--model.init_args.reducers={"0-11": {"class_path": "ToMe", "init_args": {"r": 8}}}',
+    ]
+
+
+def test_a_name_that_is_given_stays_and_inline_json_passes(folder: Path) -> None:
+    given = ["-c", "flowers.yaml", "--name=mine", "--reducers={}", "--init", "a.pt"]
+    expected = ["-c", "flowers.yaml", "--name=mine", "--model.init_args.reducers={}", "--model.init_args.init=a.pt"]
+    assert expand_shorthands("fit", given) == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [(None, "did you mean configs/reducers/tome.yaml?"), ("[1, 2]", "holds list"), ("{a: [}", "is no YAML")],
+)
+def test_a_fragment_that_is_none_is_refused(folder: Path, content: str | None, sentence: str) -> None:
+    if content is not None:
+        (folder / "tomme.yaml").write_text(content)
+    with pytest.raises(UserError) as refused:
+        expand_shorthands("fit", ["--reducers", "tomme.yaml"])
+    assert sentence in str(refused.value)
+
+
+def test_on_the_command_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["fit", "--config", "flowers.yaml", "--model", "dtpvit.tasks.classification.Classification"]
+    arguments += ["--model.model", "vit_tiny_patch16_224", "--model.num_classes", "3", "--print_config"]
+    with pytest.raises(SystemExit):
+        main([*arguments, "--reducers", "configs/reducers/tome.yaml"])
+    printed = capsys.readouterr().out
+    assert "r: 8" in printed and "name: flowers-tome" in printed
