@@ -15,7 +15,7 @@ from torch import Tensor
 from benchmarks.record import heading, pages, table
 from dtpvit.datamodules.labelled import LabelledLoader
 from dtpvit.datamodules.labelled_index import index_labelled
-from dtpvit.evaluation.agreement import outcome
+from dtpvit.evaluation.agreement import answers, outcome
 from dtpvit.evaluation.arguments import chosen_device
 from dtpvit.interop.pretrained import load_pretrained
 from dtpvit.tasks.adaptation import adapt_encoder
@@ -84,7 +84,8 @@ def adapt(
         return load_pretrained(model, weights, reducers, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 
     dense = load({})
-    base = outcome(dense, dense, held, place, labels=truth)
+    said = answers(dense, held.split(batch_size), place)
+    base = outcome(said, said, classes=True, labels=truth)
     rows = []
     for block, compression in settings:
         for name, (spec, learns) in METHODS.items():
@@ -97,7 +98,7 @@ def adapt(
                 taken = steps if learns == "learn" else 0
                 adapt_encoder(candidate, fitted, steps=taken, batch_size=batch_size, device=place)
             seconds = f"{time.perf_counter() - start:.0f}" if learns else ""
-            found = outcome(candidate, dense, held, place, labels=truth)
+            found = outcome(answers(candidate, held.split(batch_size), place), said, classes=True, labels=truth)
             assert found.agreement is not None and found.top1 is not None
             shares = [f"{found.far:.3f}", f"{100 * found.agreement:.1f}", f"{100 * found.top1:.1f}"]
             rows.append([f"{name}, {compression:g}x before block {block}", *shares, f"{found.gmacs:.3f}", seconds])

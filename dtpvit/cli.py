@@ -53,6 +53,11 @@ COMMANDS = {
         "dtpvit.tasks.adapt:adapt",
         positional=("model", "timm's or open_clip's name of a Vision Transformer"),
     ),
+    "compare": Command(
+        "ways of reducing the tokens of a pretrained model: FILE... --model MODEL --images DIR [--out DIR]",
+        "dtpvit.tasks.compare:compare",
+        positional=("reducers", "configs/reducers/*.yaml, or tables of several such rows"),
+    ),
     "export": Command(
         "write a checkpoint as a folder that open_clip loads (--out), or as ONNX (--onnx)",
         "dtpvit.interop.export:export",

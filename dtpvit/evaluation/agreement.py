@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax, normalize
 
 from dtpvit.encoder import Encoding, VisionEncoder
-from dtpvit.evaluation.cost import image_macs
+from dtpvit.evaluation.cost import image_cost
 from dtpvit.interop.pretrained import Pretrained
 
-__all__ = ["Outcome", "dense_output", "divergence", "outcome", "placed"]
+__all__ = ["Answers", "Outcome", "answers", "dense_output", "divergence", "outcome", "placed"]
 
 Head = Callable[[Tensor], Tensor]
 
@@ -43,6 +43,44 @@ def divergence(found: Tensor, dense: Tensor, *, classes: bool) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Answers:
+    """What a model said of images, and what that took.
+
+    Attributes:
+        outputs: Logits or features, float32, shape (N, D).
+        macs: Of each image, float64, shape (N,).
+        decision: Share of the reducers in them, float64, shape (N,).
+        tokens: Behind the last block, prefix included, float32, shape (N,).
+    """
+
+    outputs: Tensor
+    macs: Tensor
+    decision: Tensor
+    tokens: Tensor
+
+
+@torch.no_grad()
+def answers(candidate: Pretrained, batches: Iterable[Tensor], device: torch.device | str) -> Answers:
+    """Run a model over images.
+
+    Args:
+        candidate: The model, which is moved to the device.
+        batches: uint8, each of shape (B, 3, H, W).
+        device: Where to compute.
+    """
+    encode = placed(candidate, device)
+    outputs, macs, decision, tokens = list[Tensor](), list[Tensor](), list[Tensor](), list[Tensor]()
+    for batch in batches:
+        found, encoding = encode(candidate.normalise(batch.to(device)))
+        cost = image_cost(candidate.trunk, encoding.layouts, found.shape[1])
+        outputs.append(found.float().cpu())
+        macs.append(cost.total.cpu())
+        decision.append(cost.reducers.cpu())
+        tokens.append(encoding.tokens.lengths.float().cpu())
+    return Answers(torch.cat(outputs), torch.cat(macs), torch.cat(decision), torch.cat(tokens))
+
+
+@dataclass(frozen=True)
 class Outcome:
     """What became of a dense encoder's output.
 
@@ -61,44 +99,22 @@ class Outcome:
     tokens: float
 
 
-@torch.no_grad()
-def outcome(
-    candidate: Pretrained,
-    dense: Pretrained,
-    images: Tensor,
-    device: torch.device | str,
-    *,
-    labels: Tensor | None = None,
-    batch_size: int = 32,
-) -> Outcome:
+def outcome(found: Answers, dense: Answers, *, classes: bool, labels: Tensor | None = None) -> Outcome:
     """Compare a pooled model with the dense one.
 
     Args:
-        candidate: The pooled one.
-        dense: The dense one.
-        images: uint8, shape (N, 3, H, W).
-        device: Where to compute; both models are moved there.
+        found: Of the pooled one.
+        dense: Of the dense one, for the same images.
+        classes: Whether the outputs are logits of classes.
         labels: Shape (N,), where accuracy is wanted.
-        batch_size: Images at a time.
     """
-    encode, reference = placed(candidate, device), placed(dense, device)
-    outputs, wanted, macs, tokens = [], [], [], []
-    for batch in images.split(batch_size):
-        pixels = candidate.normalise(batch.to(device))
-        found, encoding = encode(pixels)
-        outputs.append(found)
-        wanted.append(reference(pixels)[0])
-        macs.append(image_macs(candidate.trunk, encoding, found.shape[1]))
-        tokens.append(encoding.tokens.lengths.float())
-    found, target = torch.cat(outputs), torch.cat(wanted)
-    classes = dense.num_classes > 0
-    first = found.argmax(1)
+    first = found.outputs.argmax(1)
     return Outcome(
-        far=divergence(found, target, classes=classes).mean().item(),
-        agreement=(first == target.argmax(1)).float().mean().item() if classes else None,
-        top1=None if labels is None else (first.cpu() == labels).float().mean().item(),
-        gmacs=torch.cat(macs).mean().item() / 1e9,
-        tokens=torch.cat(tokens).mean().item(),
+        far=divergence(found.outputs, dense.outputs, classes=classes).mean().item(),
+        agreement=(first == dense.outputs.argmax(1)).float().mean().item() if classes else None,
+        top1=None if labels is None else (first == labels).float().mean().item(),
+        gmacs=found.macs.mean().item() / 1e9,
+        tokens=found.tokens.mean().item(),
     )
 
 

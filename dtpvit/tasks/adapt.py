@@ -17,7 +17,7 @@ from torch import Tensor
 from dtpvit.datamodules.real_images import real_images
 from dtpvit.datamodules.transforms import eval_transform
 from dtpvit.errors import UserError
-from dtpvit.evaluation.agreement import Outcome, outcome, placed
+from dtpvit.evaluation.agreement import Outcome, answers, outcome, placed
 from dtpvit.evaluation.arguments import chosen_device, output_file
 from dtpvit.evaluation.equal_cost import merge_to_cost
 from dtpvit.evaluation.measuring import alternate, machine
@@ -98,16 +98,15 @@ def adapt(
         seed=seed,
         device=place,
     )
-    found = {
-        name: outcome(candidate, dense, held, place, batch_size=batch_size) for name, candidate in candidates.items()
-    }
+    said = {name: answers(candidate, held.split(batch_size), place) for name, candidate in candidates.items()}
     merging = load.merging(dense.trunk.depth)
     outputs = merging.head(merging.trunk.cls_token[0]).shape[1]
-    name = f"ToMe, r = {merge_to_cost(merging.trunk, 1e9 * found['adapted'].gmacs, outputs)}"
-    candidates[name] = merging
-    found[name] = outcome(merging, dense, held, place, batch_size=batch_size)
+    name = f"ToMe, r = {merge_to_cost(merging.trunk, float(said['adapted'].macs.mean()), outputs)}"
+    candidates[name], said[name] = merging, answers(merging, held.split(batch_size), place)
+    classes = dense.num_classes > 0
+    found = {name: outcome(answer, said["dense"], classes=classes) for name, answer in said.items()}
     speeds = _speeds(candidates, held[:batch_size], place, rounds)
-    _show(found, speeds, len(fitted), len(held), dense.num_classes > 0, place)
+    _show(found, speeds, len(fitted), len(held), classes, place)
     _write(candidates["adapted"], target)
 
 

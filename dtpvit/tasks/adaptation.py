@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import warnings
 from typing import Any
 
@@ -147,6 +148,6 @@ def _train(task: Adaptation, images: Tensor, steps: int, batch_size: int, seed: 
         enable_checkpointing=False,
         enable_model_summary=False,
         gradient_clip_val=1.0,
-        callbacks=[TQDMProgressBar(leave=True)],
+        callbacks=[TQDMProgressBar(refresh_rate=1 if sys.stderr.isatty() else max(1, steps // 10), leave=True)],
     )
     trainer.fit(task, loader)

@@ -1,0 +1,132 @@
+"""Comparing reducers in one pretrained model: rows, files, resumption, and what is refused."""
+
+import csv
+import json
+
+import open_clip
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from dtpvit.cli import main
+from dtpvit.evaluation.compared_rows import read_rows
+
+MODEL = "vit_tiny_patch32_224"
+TABLE = """
+merging:
+  r 2: {"0-11": {class_path: ToMe, init_args: {r: 2}}}
+  r 4: {"0-11": {class_path: ToMe, init_args: {r: 4}}}
+"""
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A classifier of three classes with weights of its own, twelve labelled images, and two files of rows."""
+    root = tmp_path_factory.mktemp("project")
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=3, patch_size=32)
+    with torch.no_grad():
+        model.head.weight.normal_()
+        for block in model.blocks:
+            block.attn.qkv.weight.mul_(4)
+    torch.save(model.state_dict(), root / "vit.pt")
+    coarse = torch.randint(0, 255, (12, 3, 7, 7), generator=torch.Generator().manual_seed(0)).float()
+    pixels = torch.nn.functional.interpolate(coarse, 224, mode="bilinear").clamp(0, 255).to(torch.uint8)
+    for number, image in enumerate(pixels):
+        path = root / "images" / "abc"[number % 3] / f"{number:02}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
+    (root / "table.yaml").write_text(TABLE)
+    (root / "pooling.yaml").write_text(
+        "3: {class_path: DynamicPooling, init_args: {compression: 2, router: sensitivity}}"
+    )
+    return root
+
+
+def command(project, *more, files=("table.yaml", "pooling.yaml")):
+    arguments = ["compare", *files, "--model", MODEL, "--init", "vit.pt", "--images", "images", "--batch_size", "5"]
+    return [*arguments, "--rounds", "1", *more]
+
+
+@pytest.fixture
+def inside(project, monkeypatch):
+    monkeypatch.chdir(project)
+
+
+def test_every_row_is_written_and_not_computed_twice(project, inside, tmp_path, capsys, monkeypatch):
+    out = str(tmp_path / "found")
+    assert main(command(project, "--out", out, "--fit", "images/a")) == 0
+    printed = capsys.readouterr().out
+    assert "merging, r 4" in printed and "pooling" in printed and "12 images" in printed
+    record = json.loads((tmp_path / "found" / "comparison.json").read_text())
+    with (tmp_path / "found" / "comparison.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert [row["series"] for row in table] == ["dense", "merging", "merging", "pooling"]
+    dense, two, four, _ = record["rows"]
+    theirs = timm.create_model("vit_tiny_patch16_224", num_classes=3, patch_size=32)
+    assert dense["agreement"] == 1 and dense["change"] == 0 and dense["gmacs"] == pytest.approx(macs(theirs), rel=1e-6)
+    assert dense["gmacs"] > two["gmacs"] > four["gmacs"] and (two["tokens"], four["tokens"]) == (26, 4)
+    assert two["speed_up"] > 0 and two["efficiency"] == pytest.approx(two["speed_up"] * two["gmacs"] / dense["gmacs"])
+    assert two["change"] == pytest.approx(two["top1"] - dense["top1"])
+    assert (tmp_path / "found" / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    assert "merging" in (tmp_path / "found" / "comparison.svg").read_text()
+
+    monkeypatch.setattr("dtpvit.tasks.compare.answers", lambda *_: pytest.fail("a row was computed again"))
+    assert main(command(project, "--out", out, "--fit", "images/a")) == 0
+    assert json.loads((tmp_path / "found" / "comparison.json").read_text())["rows"] == record["rows"]
+
+
+def macs(theirs):
+    """Of a Vision Transformer of 50 tokens, from its weights."""
+    n, d = 50, theirs.embed_dim
+    return (49 * theirs.patch_embed.proj.weight.numel() + 12 * (12 * n * d * d + 2 * n * n * d) + 3 * d) / 1e9
+
+
+def test_accuracy_is_that_of_the_dense_model(project, inside, tmp_path):
+    """Against timm's own forward pass on the same pixels."""
+    assert main(command(project, "--out", str(tmp_path), "--rounds", "0", "--crop_pct", "1.0")) == 0
+    theirs = timm.create_model("vit_tiny_patch16_224", num_classes=3, patch_size=32).eval()
+    theirs.load_state_dict(torch.load("vit.pt"))
+    right = []
+    for path in sorted(project.glob("images/*/*.png")):
+        image = torch.tensor(list(Image.open(path).tobytes()), dtype=torch.float32).view(224, 224, 3).permute(2, 0, 1)
+        mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+        with torch.no_grad():
+            right.append(theirs(((image / 255 - mean) / std)[None]).argmax().item() == "abc".index(path.parent.name))
+    rows = json.loads((tmp_path / "comparison.json").read_text())["rows"]
+    assert rows[0]["top1"] == pytest.approx(sum(right) / 12) and rows[0]["top5"] == 1 and rows[0]["speed_up"] is None
+
+
+def test_a_clip_is_compared_by_its_features(project, inside, tmp_path, capsys):
+    torch.save(open_clip.create_model("ViT-S-32-alt").state_dict(), tmp_path / "clip.pt")
+    arguments = ["compare", "table.yaml", "--model", "ViT-S-32-alt", "--init", str(tmp_path / "clip.pt")]
+    assert main([*arguments, "--images", "images", "--rounds", "0", "--out", str(tmp_path), "--limit", "3"]) == 0
+    rows = json.loads((tmp_path / "comparison.json").read_text())["rows"]
+    assert rows[0]["divergence"] < 1e-6 < rows[2]["divergence"] and rows[0]["top1"] is None
+    assert "top-1" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("files", "more", "sentence"),
+    [
+        (["nowhere.yaml"], [], "nowhere.yaml cannot be read"),
+        (["vit.pt"], [], "vit.pt is no YAML"),
+        (["table.yaml", "table.yaml"], [], "two rows are called 'merging, r 2'"),
+        (["table.yaml"], ["--images", "nowhere"], "nowhere"),
+        (["table.yaml"], ["--images", "images/a"], "images/a"),
+        (["table.yaml"], ["--limit", "0"], "limit 0"),
+        (["table.yaml"], ["--out", "vit.pt"], "cannot be written"),
+    ],
+)
+def test_mistakes_are_answered_in_a_sentence(files, more, sentence, project, inside, capsys):
+    assert main(command(project, *more, files=files)) == 2
+    printed = capsys.readouterr().err
+    assert sentence in printed and "Traceback" not in printed
+
+
+def test_rows_that_are_none_are_refused(tmp_path):
+    for content, sentence in (("3", "holds something else"), ("a: {b: 3}", "the series 'a'")):
+        (tmp_path / "rows.yaml").write_text(content)
+        with pytest.raises(Exception, match=sentence):
+            read_rows([str(tmp_path / "rows.yaml")])
