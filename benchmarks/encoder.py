@@ -144,7 +144,7 @@ def _packing(batches: list[int], source: str | None, rounds: int, device: torch.
 
 def _macs(tower: Tower, layouts: tuple[BlockLayouts, ...], pad: bool) -> float:
     """Mean MACs of an image, each block counted at its longest image if padded."""
-    seen = [BlockLayouts(_filled(block.attention), _filled(block.mlp)) for block in layouts]
+    seen = [BlockLayouts(*(_filled(part) for part in (b.arrived, b.attention, b.keys, b.mlp))) for b in layouts]
     return tower.macs(tuple(seen) if pad else layouts)
 
 

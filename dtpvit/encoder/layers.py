@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dtpvit.encoder.evidence import Evidence, Need
 from dtpvit.encoder.layout import Layout
-from dtpvit.encoder.ops.attention import class_attention, packed_attention
+from dtpvit.encoder.ops.attention import class_attention, cross_attention, packed_attention
 from dtpvit.encoder.tokens import Tokens
 
 __all__ = [
@@ -93,6 +93,13 @@ class Attention(nn.Module):
         )
         return self.proj(packed_attention(qkv, layout, key_bias=key_bias).flatten(1)), evidence
 
+    def towards(self, x: Tensor, layout: Layout, keys: Tokens) -> Tensor:
+        """What each token finds among ``keys``, from which alone keys and values come: (T, D) to (T, D)."""
+        weight, bias, dim = self.qkv.weight, self.qkv.bias, x.shape[1]
+        q = nn.functional.linear(x, weight[:dim], bias[:dim]).unflatten(1, (self.num_heads, -1))
+        kv = nn.functional.linear(keys.features, weight[dim:], bias[dim:]).unflatten(1, (2, self.num_heads, -1))
+        return self.proj(cross_attention(q, kv, layout, keys.layout, key_bias=keys.key_bias).flatten(1))
+
 
 class Mlp(nn.Module):
     """Two linear layers with an activation between: (..., D) to (..., D)."""
@@ -132,14 +139,16 @@ class Block(nn.Module):
 
     def attend(self, tokens: Tokens, needs: frozenset[Need] = frozenset()) -> tuple[Tokens, Evidence]:
         """The attention half, residual included, and what a reducer needs to know of it."""
-        x, layout = tokens.features, tokens.layout
-        mixed, evidence = self.attn(self.norm1(x), layout, tokens.key_bias, needs)
-        return tokens.with_features(x + self.drop_path(mixed, layout)), evidence
+        mixed, evidence = self.attn(self.norm1(tokens.features), tokens.layout, tokens.key_bias, needs)
+        return self.add(tokens, mixed), evidence
 
     def feed_forward(self, tokens: Tokens) -> Tokens:
         """The MLP half, residual included."""
-        x = tokens.features
-        return tokens.with_features(x + self.drop_path(self.mlp(self.norm2(x)), tokens.layout))
+        return self.add(tokens, self.mlp(self.norm2(tokens.features)))
+
+    def add(self, tokens: Tokens, branch: Tensor) -> Tokens:
+        """The residual connection around a branch, shape (T, D)."""
+        return tokens.with_features(tokens.features + self.drop_path(branch, tokens.layout))
 
 
 def resize_position_embedding(

@@ -170,15 +170,30 @@ class Layout:
 
 @dataclass(frozen=True)
 class BlockLayouts:
-    """What the two halves of a block saw, different where a reducer acts between them.
+    """What the parts of a block saw, different where a reducer acts on one of them.
 
     Attributes:
-        attention: Where the tokens lay in the attention half.
-        mlp: Where they lay in the MLP half.
+        arrived: Where the tokens lay that came to the block, and to its reducer.
+        attention: Where those lay that asked in the attention half.
+        keys: Where those lay that were asked.
+        mlp: Where those lay that the MLP half was given.
     """
 
+    arrived: Layout
     attention: Layout
+    keys: Layout
     mlp: Layout
+
+    @classmethod
+    def of(cls, arrived: Layout, attention: Layout | None = None, mlp: Layout | None = None) -> BlockLayouts:
+        """Of a block whose keys are the tokens that ask; what is not given is as it arrived."""
+        attention = attention or arrived
+        return cls(arrived, attention, attention, mlp or arrived)
+
+    @property
+    def reduced(self) -> Layout:
+        """Where the tokens lay that the block's reducer left."""
+        return min(self.attention, self.keys, self.mlp, key=lambda layout: layout.total)
 
 
 @dataclass(frozen=True)

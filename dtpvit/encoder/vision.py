@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dtpvit.encoder.encoding import Encoding, EnteredBlock
-from dtpvit.encoder.evidence import Evidence
+from dtpvit.encoder.encoding import Encoding
+from dtpvit.encoder.entering import EnteredBlock, enter
 from dtpvit.encoder.layers import Block, PatchEmbed, resize_position_embedding
 from dtpvit.encoder.layout import BlockLayouts, Layout
 from dtpvit.encoder.ops.exportable import means_by_product
-from dtpvit.encoder.ops.noise import advance_seed, checksum, draw_seeds
+from dtpvit.encoder.ops.noise import checksum, draw_seeds
 from dtpvit.encoder.ops.segments import Segments, pool_segments
-from dtpvit.encoder.reducers.base import Reduction, TokenReducer
+from dtpvit.encoder.reducers.base import TokenReducer
 from dtpvit.encoder.tokens import Tokens
 
 __all__ = ["VisionEncoder"]
@@ -26,7 +25,7 @@ ReducerMaker = Callable[[int], TokenReducer]
 
 
 class VisionEncoder(nn.Module):
-    """A pre-norm Vision Transformer with token reducers before its blocks or inside them.
+    """A pre-norm Vision Transformer with token reducers before its blocks or in them.
 
     Without reducers it equals timm's ``vit_*`` models and, with ``pre_norm``, no ``patch_bias`` and eps 1e-5, the
     visual trunks of CLIP; parameter names are timm's.
@@ -38,8 +37,8 @@ class VisionEncoder(nn.Module):
         depth: Number of blocks.
         num_heads: Attention heads.
         mlp_ratio: Hidden width of the MLP over D.
-        reducers: For each block with a reducer, the reducer or what makes it from the width; its ``place`` says
-            whether it acts before the block or inside it. Hierarchical pooling is two entries.
+        reducers: For each block with a reducer, the reducer or what makes it from the width; its ``place`` says where
+            it acts. Hierarchical pooling is two entries.
         readout: ``"class"``: the class token; ``"mean"``: mean over tokens, weighted by the patches each stands for.
         pre_norm: LayerNorm before the first block, as in CLIP.
         patch_bias: Bias of the patch projection.
@@ -49,8 +48,8 @@ class VisionEncoder(nn.Module):
         in_channels: Colour channels.
 
     Raises:
-        ValueError: If image and patch size do not fit, a reducer is placed outside the blocks, or one before its block
-            needs evidence from within.
+        ValueError: If image and patch size do not fit, a reducer is placed outside the blocks, or one that acts before
+            attention needs evidence of it.
     """
 
     def __init__(
@@ -92,8 +91,8 @@ class VisionEncoder(nn.Module):
             if not 0 <= block < depth:
                 raise ValueError(f"a reducer is placed at block {block}; the encoder has blocks 0 to {depth - 1}")
             made = reducer if isinstance(reducer, TokenReducer) else reducer(dim)
-            if made.place == "before" and made.needs:
-                raise ValueError(f"{type(made).__name__} acts before a block and needs {sorted(made.needs)} of it")
+            if made.place != "inside" and made.needs:
+                raise ValueError(f"{type(made).__name__} acts before attention and needs {sorted(made.needs)} of it")
             self.reducers[str(block)] = made
         self.grad_checkpointing = False
 
@@ -172,7 +171,8 @@ class VisionEncoder(nn.Module):
             entered = self.enter_block(index, tokens, (thresholds or {}).get(index))
             if entered.reduction is not None:
                 losses |= {f"block{index}/{name}": loss for name, loss in entered.reduction.losses.items()}
-                compression[index] = _patch_tokens(entered.arrived) / max(1, _patch_tokens(entered.tokens.layout))
+                fewer = _patch_tokens(entered.reduction.tokens.layout)
+                compression[index] = _patch_tokens(tokens.layout) / max(1, fewer)
             layouts.append(entered.layouts)
             tokens = self._run(entered.rest, entered.tokens)
         tokens = tokens.with_features(self.norm(tokens.features))
@@ -205,7 +205,7 @@ class VisionEncoder(nn.Module):
             threshold = thresholds.get(earlier, torch.zeros((), device=images.device))
             entered = self.enter_block(earlier, tokens, threshold)
             if earlier == index and entered.reduction is not None:
-                return entered.reduction.scores, _patch_tokens(entered.arrived)
+                return entered.reduction.scores, _patch_tokens(tokens.layout)
             tokens = self._run(entered.rest, entered.tokens)
         raise ValueError(f"block {index} has no reducer")
 
@@ -231,33 +231,17 @@ class VisionEncoder(nn.Module):
         """Block ``index`` up to and including its reducer; ``threshold`` as in :class:`Evidence`."""
         block = self.blocks[index]
         assert isinstance(block, Block)
-        came = tokens.layout
-        reducer = self.reducers[str(index)] if str(index) in self.reducers else None
-        if reducer is None:
-            return EnteredBlock(tokens, block, came, BlockLayouts(came, came))
+        if str(index) not in self.reducers:
+            return EnteredBlock(tokens, block, BlockLayouts.of(tokens.layout))
+        reducer = self.reducers[str(index)]
         assert isinstance(reducer, TokenReducer)
-        if reducer.place == "before":
-            reduction = _reseeded(reducer, reducer(tokens, Evidence(threshold)))
-            seen = reduction.tokens.layout
-            return EnteredBlock(reduction.tokens, block, came, BlockLayouts(seen, seen), reduction)
-        attended, evidence = self._run(block.attend, tokens, reducer.needs)
-        reduction = _reseeded(reducer, reducer(attended, replace(evidence, threshold=threshold)))
-        layouts = BlockLayouts(came, reduction.tokens.layout)
-        return EnteredBlock(reduction.tokens, block.feed_forward, came, layouts, reduction)
+        return enter(block, reducer, tokens, threshold=threshold, run=self._run)
 
     def _run(self, part: Callable[..., Any], *arguments: Any) -> Any:
-        """A block or a half of one, recomputed in the backward pass if so wished."""
+        """A part of a block, recomputed in the backward pass if so wished."""
         if self.grad_checkpointing and torch.is_grad_enabled():
             return checkpoint(part, *arguments, use_reentrant=False)
         return part(*arguments)
-
-
-def _reseeded(reducer: TokenReducer, reduction: Reduction) -> Reduction:
-    """With a fresh seed for the next reducer, where this one may have drawn from it."""
-    tokens = reduction.tokens
-    if tokens.seed is None or reducer.draws == "never":
-        return reduction
-    return replace(reduction, tokens=replace(tokens, seed=advance_seed(tokens.seed)))
 
 
 def _grid(image_size: tuple[int, ...], patch_size: int) -> tuple[int, int]:

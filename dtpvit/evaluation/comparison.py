@@ -193,7 +193,7 @@ def _counted(
             "projection": cost.projection,
         }
         parts = {name: float(value.mean()) / 1e9 for name, value in named.items()}
-        tokens = {int(block): Spread.of(encoding.layouts[int(block)].mlp.lengths) for block in tower.trunk.reducers}
+        tokens = {int(block): Spread.of(encoding.layouts[int(block)].reduced.lengths) for block in tower.trunk.reducers}
     return Measured(
         name=tower.name,
         parameters=_size(tower.whole),

@@ -1,8 +1,8 @@
 """Multiply-accumulates from the token counts that each block really saw, never by tracing.
 
 GMACs are multiply-accumulates / 1e9; two FLOPs each. Additions, norms, activations and softmax are left out, as is
-customary. On n tokens of width D the attention half of a block costs 4 n D^2 + 2 n^2 D, its MLP half 2 r n D^2 with
-MLP ratio r.
+customary. On n tokens of width D the attention half of a block costs 4 n D^2 + 2 n^2 D, and where the n ask m others
+2 (n + m) D^2 + 2 n m D; its MLP half 2 r n D^2 with MLP ratio r.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class ImageCost:
         return 3 * self.total - self.patch_embed
 
 
-def _attention_macs(dim: int, tokens: Tensor) -> Tensor:
-    return 4 * tokens * dim * dim + 2 * tokens**2 * dim
+def _attention_macs(dim: int, tokens: Tensor, keys: Tensor) -> Tensor:
+    return 2 * (tokens + keys) * dim * dim + 2 * tokens * keys * dim
 
 
 def _mlp_macs(dim: int, hidden: int, tokens: Tensor) -> Tensor:
@@ -69,32 +69,30 @@ def image_cost(trunk: VisionEncoder, layouts: tuple[BlockLayouts, ...], embed_di
 
     Args:
         trunk: The encoder.
-        layouts: What the halves of each block saw, from :class:`dtpvit.encoder.Encoding`.
+        layouts: What the parts of each block saw, from :class:`dtpvit.encoder.Encoding`.
         embed_dim: Outputs of the projection behind the encoder, 0 for none.
     """
-    start = layouts[0].attention.lengths.to(torch.float64)
+    start = layouts[0].arrived.lengths.to(torch.float64)
     patches = trunk.grid_size[0] * trunk.grid_size[1]
     patch = trunk.patch_embed.proj.weight.numel() * patches
     full, reduced, reducers = (torch.zeros_like(start) for _ in range(3))
-    arrived = torch.full_like(start, patches + 1)
     shortened = False
     for index, (block, seen) in enumerate(zip(trunk.blocks, layouts, strict=True)):
         assert isinstance(block, Block)
-        attention, mlp = seen.attention.lengths.to(torch.float64), seen.mlp.lengths.to(torch.float64)
+        asking, asked = seen.attention.lengths.to(torch.float64), seen.keys.lengths.to(torch.float64)
         reducer = trunk.reducers[str(index)] if str(index) in trunk.reducers else None
         inside = False
         if reducer is not None:
             assert isinstance(reducer, TokenReducer)
             inside = reducer.place == "inside"
-            given = attention if inside else arrived
-            reducers += _reducer_macs(reducer, given, trunk.dim, block.attn.num_heads)
+            arrived = seen.arrived.lengths.to(torch.float64)
+            reducers += _reducer_macs(reducer, arrived, trunk.dim, block.attn.num_heads)
             shortened = shortened or not inside
         part = reduced if shortened else full
-        part += _attention_macs(trunk.dim, attention)
+        part += _attention_macs(trunk.dim, asking, asked)
         shortened = shortened or inside
         part = reduced if shortened else full
-        part += _mlp_macs(trunk.dim, block.mlp.fc1.out_features, mlp)
-        arrived = mlp
+        part += _mlp_macs(trunk.dim, block.mlp.fc1.out_features, seen.mlp.lengths.to(torch.float64))
     projection = torch.full_like(start, trunk.dim * embed_dim)
     return ImageCost(torch.full_like(start, patch), full, reducers, reduced, projection)
 
@@ -110,7 +108,8 @@ def dense_macs(trunk: VisionEncoder, embed_dim: int = 0) -> float:
     total = trunk.patch_embed.proj.weight.numel() * (tokens - 1) + trunk.dim * embed_dim
     for block in trunk.blocks:
         assert isinstance(block, Block)
-        total = total + _attention_macs(trunk.dim, tokens) + _mlp_macs(trunk.dim, block.mlp.fc1.out_features, tokens)
+        total = total + _attention_macs(trunk.dim, tokens, tokens)
+        total = total + _mlp_macs(trunk.dim, block.mlp.fc1.out_features, tokens)
     return float(total)
 
 
@@ -126,7 +125,7 @@ def text_macs(tower: TextTower, lengths: Tensor) -> Tensor:
     """
     tokens = lengths.to(torch.float64)
     width, embed_dim = tower.text_projection.shape
-    block = _attention_macs(width, tokens) + _mlp_macs(width, 4 * width, tokens)
+    block = _attention_macs(width, tokens, tokens) + _mlp_macs(width, 4 * width, tokens)
     return len(tower.transformer.resblocks) * block + width * embed_dim
 
 

@@ -8,7 +8,18 @@ import torch
 
 from dtpvit.encoder import Tokens, VisionEncoder
 from dtpvit.encoder.layers import Block
-from dtpvit.encoder.reducers import DynamicPooling, Evidence, FixedStride, GridPooling, RandomBoundaries, ToMe
+from dtpvit.encoder.reducers import (
+    DynamicPooling,
+    Evidence,
+    FixedStride,
+    GridPooling,
+    RandomBoundaries,
+    ToDo,
+    TokenLearner,
+    ToMe,
+    ToMeSD,
+)
+from dtpvit.encoder.reducers.boundary_pooling import BoundaryPooling
 
 D, GRID, PREFIX = 96, (6, 5), 1
 
@@ -26,6 +37,17 @@ def weighted(router, **options):
         return reducer
 
     return make
+
+
+def learner(**options):
+    return lambda compression: TokenLearner(D, num_tokens=8 if compression == 4 else 30, **options)
+
+
+def fused(compression):
+    """As if trained: what was learned is mixed in."""
+    reducer = learner(fuse=True)(compression)
+    reducer.fuser.among.weight.data.normal_(std=0.5)
+    return reducer
 
 
 REDUCERS = [
@@ -50,8 +72,21 @@ REDUCERS = [
     pytest.param(lambda c: RandomBoundaries(D, compression=c, budget="fixed"), id="random-fixed"),
     pytest.param(lambda c: GridPooling(D, window=1 if c == 1 else 2), id="grid"),
     pytest.param(lambda c: ToMe(D, r=0 if c == 1 else 15), id="tome"),
+    pytest.param(lambda c: ToMeSD(D, ratio=0 if c == 1 else 0.5), id="tomesd"),
+    pytest.param(lambda c: ToMeSD(D, ratio=0 if c == 1 else 0.5, random=True), id="tomesd-random"),
+    pytest.param(lambda c: ToDo(D, factor=1 if c == 1 else 2), id="todo"),
+    pytest.param(lambda c: ToDo(D, factor=1 if c == 1 else 2, method="max_pool"), id="todo-max"),
+    pytest.param(lambda c: ToDo(D, factor=1 if c == 1 else 2, method="avg_pool"), id="todo-avg"),
+    pytest.param(learner(), id="token-learner"),
+    pytest.param(learner(version="1.0"), id="token-learner-1.0"),
+    pytest.param(fused, id="token-fuser"),
 ]
-NOMINAL = {GridPooling: 9 / 30, ToMe: 15 / 30}  # rate asked for here, of those that cannot have 1 / 4 at once
+NOMINAL = {
+    GridPooling: 9 / 30,
+    ToMe: 15 / 30,
+    ToMeSD: 15 / 30,
+    ToDo: 6 / 30,
+}  # rate asked for here, of those that cannot have 1 / 4 at once
 
 
 def weights_of(reducer, tokens):
@@ -88,9 +123,9 @@ def block():
 
 def given(reducer, tokens):
     """What the reducer is called with: tokens and evidence, of a block's attention where it acts inside one."""
-    if reducer.place == "before":
-        return tokens, Evidence()
-    return block().attend(tokens, reducer.needs)
+    if reducer.place == "inside":
+        return block().attend(tokens, reducer.needs)
+    return tokens, Evidence()
 
 
 def calibrated(make, tokens):
@@ -102,7 +137,7 @@ def calibrated(make, tokens):
 
 
 def inputs(reducer):
-    return [dense_tokens()] if isinstance(reducer, GridPooling) else [dense_tokens(), ragged_tokens()]
+    return [dense_tokens()] if reducer.needs_grid else [dense_tokens(), ragged_tokens()]
 
 
 @pytest.fixture(params=["fresh", "calibrated"])
@@ -116,8 +151,21 @@ def test_an_image_is_independent_of_its_batch(reducer):
         for whole, image in zip(together.split(), tokens.split(), strict=True):
             alone = reducer(*given(reducer, image)).tokens
             assert torch.equal(alone.lengths, whole.lengths)
-            assert torch.equal(alone.source, whole.source) and torch.equal(alone.size, whole.size)
+            assert torch.equal(alone.source, whole.source)
+            torch.testing.assert_close(alone.size, whole.size)
             torch.testing.assert_close(alone.features, whole.features, rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_restored_is_independent_of_its_batch(reducer):
+    for tokens in inputs(reducer):
+        together = reducer(*given(reducer, tokens))
+        if together.restore is None:
+            continue
+        restored = together.restore(together.tokens.features)
+        assert restored.shape == tokens.features.shape
+        for whole, image in zip(restored.split(tokens.lengths.tolist()), tokens.split(), strict=True):
+            alone = reducer(*given(reducer, image))
+            torch.testing.assert_close(alone.restore(alone.tokens.features), whole, rtol=1e-5, atol=1e-5)
 
 
 def test_two_passes_agree(reducer):
@@ -135,7 +183,8 @@ def test_patches_are_conserved_and_followed(reducer):
             prefix = image.num_prefix
             assert (image.size[:prefix] == 1).all()
             if not reducer.drops:
-                assert image.size[prefix:].sum() == GRID[0] * GRID[1]
+                torch.testing.assert_close(image.size[prefix:].sum(), torch.tensor(float(GRID[0] * GRID[1])))
+            if not (reducer.drops or reducer.soft):
                 counted = torch.bincount(image.source, minlength=len(image.size) - prefix)
                 assert torch.equal(counted.float(), image.size[prefix:])
 
@@ -143,13 +192,15 @@ def test_patches_are_conserved_and_followed(reducer):
 def test_features_are_the_means_that_source_describes(reducer):
     tokens, evidence = given(reducer, dense_tokens())
     out = reducer(tokens, evidence).tokens
+    assert torch.equal(out.prefix_features()[:, :PREFIX], tokens.prefix_features())
+    if not reducer.averages:
+        return
     for before, after in zip(tokens.split(), out.split(), strict=True):
         patches, weights = before.features[PREFIX:], weights_of(reducer, before)
         for index in range(len(after.size) - after.num_prefix):
             mine = after.source == index
             mean = (patches[mine] * weights[mine, None]).sum(0) / weights[mine].sum()
             torch.testing.assert_close(after.features[after.num_prefix + index], mean)
-    assert torch.equal(out.prefix_features()[:, :PREFIX], tokens.prefix_features())
 
 
 def test_the_task_s_gradient_reaches_every_parameter(make):
@@ -159,7 +210,8 @@ def test_the_task_s_gradient_reaches_every_parameter(make):
         tokens = dense_tokens(32)
         features = tokens.features.requires_grad_()
         out = reducer(*given(reducer, tokens))
-        task = (out.tokens.features * torch.randn_like(out.tokens.features)).sum()
+        found = out.tokens.features if out.restore is None else out.restore(out.tokens.features)
+        task = (found * torch.randn_like(found)).sum()
         torch.stack([task, *out.losses.values()]).sum().backward()
         assert features.grad.isfinite().all() and features.grad.any()
         for name, parameter in reducer.named_parameters():
@@ -168,6 +220,8 @@ def test_the_task_s_gradient_reaches_every_parameter(make):
 
 def test_keep_everything_equals_dense(make):
     reducer = make(1)
+    if reducer.soft:
+        pytest.skip("a soft method hands no token on as it is")
     for mode in (False, True, False):  # never calibrated, in training, calibrated
         tokens, evidence = given(reducer, dense_tokens())
         out = reducer.train(mode)(tokens, evidence).tokens
@@ -203,9 +257,12 @@ def test_bfloat16_decides_like_float32(make):
     rounded = tokens.with_features(tokens.features.bfloat16())
     found = copy.deepcopy(reducer).to(torch.bfloat16)(rounded, evidence).tokens
     assert found.features.dtype == torch.bfloat16 and found.size.dtype == torch.float32
-    assert (starts_of(found) == starts_of(expected)).double().mean() >= 0.99
+    if reducer.soft:  # nothing is decided
+        torch.testing.assert_close(found.features.float(), expected.features, rtol=0.05, atol=0.05)
+    else:
+        assert (starts_of(found) == starts_of(expected)).double().mean() >= 0.99
     for name, buffer in copy.deepcopy(reducer).to(torch.bfloat16).state_dict().items():
-        assert "null" in name or buffer.dtype == torch.float32, name
+        assert "boundary" not in name or "null" in name or buffer.dtype == torch.float32, name
     if isinstance(reducer, DynamicPooling):  # the very same features decide the very same way, whatever their type
         again = reducer(rounded.with_features(rounded.features.float()), Evidence()).tokens
         assert torch.equal(again.source, found.source)
@@ -217,7 +274,7 @@ def starts_of(tokens):
 
 
 def test_names_of_predictors_say_boundary(make):
-    assert all("boundary" in name for name in make(4).state_dict())
+    assert not isinstance(make(4), BoundaryPooling) or all("boundary" in name for name in make(4).state_dict())
 
 
 def test_hierarchy_and_order_of_the_line():

@@ -11,11 +11,25 @@ from dtpvit.encoder import DualEncoder, Tokens, VisionEncoder, VisualTower
 from dtpvit.encoder.layers import Block
 from dtpvit.encoder.ops.exportable import means_by_product, ranks_by_counting
 from dtpvit.encoder.ops.segments import Segments, pool_segments
-from dtpvit.encoder.reducers import DynamicPooling, Evidence, FixedStride, GridPooling, RandomBoundaries, ToMe
+from dtpvit.encoder.reducers import (
+    DynamicPooling,
+    Evidence,
+    FixedStride,
+    GridPooling,
+    RandomBoundaries,
+    ToDo,
+    TokenLearner,
+    ToMe,
+    ToMeSD,
+)
 
 
 def fixed(**options):
     return {1: lambda dim: DynamicPooling(dim, compression=4, budget="fixed", **options)}
+
+
+def learner(**options):
+    return lambda dim: TokenLearner(dim, num_tokens=4, **options)
 
 
 # Everything but the code generator, which takes ten seconds a graph, is the same with aot_eager.
@@ -32,6 +46,10 @@ ENCODERS = {
     "grid": {"reducers": {1: GridPooling}},
     "tome": {"reducers": {block: lambda dim: ToMe(dim, r=7) for block in range(3)}},
     "random": {"reducers": {1: lambda dim: RandomBoundaries(dim, compression=4, budget="fixed")}},
+    "tomesd": {"reducers": {block: lambda dim: ToMeSD(dim, ratio=0.5, random=True) for block in range(3)}},
+    "todo": {"reducers": {0: ToDo, 1: lambda dim: ToDo(dim, method="max_pool"), 2: lambda dim: ToDo(dim, factor=3)}},
+    "token learner": {"reducers": {1: lambda dim: TokenLearner(dim, num_tokens=5, version="1.0"), 2: learner()}},
+    "token fuser": {"reducers": {1: learner(fuse=True), 2: learner(fuse=True)}},
 }
 
 
@@ -87,7 +105,7 @@ def check_compiled(arguments, backend, **compiling):
         torch.testing.assert_close(compiled(images).pooled, twin(images).pooled, rtol=0, atol=1e-5)
 
 
-QUICK = ("fixed", "symmetric", "random", "tome")
+QUICK = ("fixed", "symmetric", "random", "tome", "tomesd", "token fuser")
 
 
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in ENCODERS])
@@ -106,7 +124,7 @@ def test_a_whole_encoder_is_one_graph_of_generated_code(name):
 @pytest.mark.filterwarnings(
     "ignore:The .grad attribute of a Tensor that is not a leaf"
 )  # torch's own, at a graph break
-@pytest.mark.parametrize("name", ["fixed", "dynamic", "tome"])
+@pytest.mark.parametrize("name", ["fixed", "dynamic", "tome", "tomesd", "todo", "token fuser"])
 def test_checkpointed_blocks_compile_and_a_dynamic_budget_in_pieces(name):
     dynamic = {"reducers": {1: lambda dim: DynamicPooling(dim, compression=4)}}
     encoder = small(**ENCODERS.get(name, dynamic)).train()

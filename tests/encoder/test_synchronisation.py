@@ -6,7 +6,16 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dtpvit.encoder import DualEncoder, VisionEncoder, VisualTower
-from dtpvit.encoder.reducers import DynamicPooling, FixedStride, GridPooling, RandomBoundaries, ToMe
+from dtpvit.encoder.reducers import (
+    DynamicPooling,
+    FixedStride,
+    GridPooling,
+    RandomBoundaries,
+    ToDo,
+    TokenLearner,
+    ToMe,
+    ToMeSD,
+)
 
 _READS = {"tolist", "item", "__bool__", "__int__", "__float__", "__index__", "numpy"}
 _WAITS = ("_local_scalar_dense", "nonzero.default", "masked_select", "unique", "is_nonzero", "equal.default")
@@ -55,6 +64,10 @@ def encoder(reducers):
     return VisionEncoder(image_size=64, patch_size=8, dim=32, depth=4, num_heads=2, reducers=reducers)
 
 
+def learner(**options):
+    return TokenLearner(32, num_tokens=4, **options)
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize(
     ("reducers", "expected"),
@@ -69,8 +82,13 @@ def encoder(reducers):
         ({1: RandomBoundaries(32, compression=4)}, 1),
         ({0: ToMe(32, r=9), 1: ToMe(32, r=9)}, 0),
         ({1: DynamicPooling(32, compression=2), 2: ToMe(32, r=3), 3: ToMe(32, r=3)}, 1),
+        ({0: ToMeSD(32, random=True), 1: ToDo(32), 2: ToDo(32, method="max_pool"), 3: learner(fuse=True)}, 0),
+        ({0: learner(version="1.0", fuse=True), 1: DynamicPooling(32, compression=2), 2: learner()}, 1),
     ],
-    ids=["dense", "dynamic", "cosine", "twice", "fixed budget", "stride", "grid", "random", "tome", "tome, ragged"],
+    ids=[
+        *["dense", "dynamic", "cosine", "twice", "fixed budget", "stride", "grid", "random", "tome", "tome, ragged"],
+        *["restored", "token learner, ragged"],
+    ],
 )
 def test_one_wait_a_reducer(reducers, expected, training):
     model = encoder(reducers).train(training)

@@ -156,7 +156,7 @@ def test_evidence_is_computed_only_where_it_is_needed():
     assert block.attend(tokens)[1] == Evidence()
     assert block.attend(tokens, frozenset({"keys"}))[1].class_attention is None
     before = type("Before", (StrideInside,), {"place": "before"})
-    with pytest.raises(ValueError, match="Before acts before a block and needs"):
+    with pytest.raises(ValueError, match="Before acts before attention and needs"):
         small(reducers={1: before(48, compression=2)})
 
 

@@ -9,7 +9,16 @@ import torch
 
 from dtpvit.cli import main
 from dtpvit.encoder import VisionEncoder
-from dtpvit.encoder.reducers import DynamicPooling, FixedStride, GridPooling, RandomBoundaries, ToMe
+from dtpvit.encoder.reducers import (
+    DynamicPooling,
+    FixedStride,
+    GridPooling,
+    RandomBoundaries,
+    ToDo,
+    TokenLearner,
+    ToMe,
+    ToMeSD,
+)
 from dtpvit.errors import UserError
 from dtpvit.interop import onnx_file
 from dtpvit.interop.create import build_clip
@@ -28,6 +37,10 @@ ENCODERS = {
     "minimum variance": {"reducers": {1: lambda dim: DynamicPooling(dim, compression=6, router="minimum_variance")}},
     "stride": {"reducers": {1: lambda dim: FixedStride(dim, compression=4, order="serpentine")}},
     "tome": {"reducers": {block: lambda dim: ToMe(dim, r=7) for block in range(3)}},
+    "tomesd": {"reducers": {block: ToMeSD for block in range(3)}},
+    "todo": {"reducers": {0: ToDo, 1: lambda dim: ToDo(dim, method="max_pool"), 2: lambda dim: ToDo(dim, factor=3)}},
+    "token learner": {"reducers": {1: lambda dim: TokenLearner(dim, num_tokens=5, version="1.0")}},
+    "token fuser": {"reducers": {1: lambda dim: TokenLearner(dim, num_tokens=5, fuse=True)}},
     "grid": {"reducers": {1: GridPooling}, "image_size": (48, 40), "act": "quick_gelu"},
 }
 
@@ -40,7 +53,7 @@ def perturb(encoder):
     """Predictors whose opinions differ, so that boundaries differ from image to image."""
     with torch.no_grad():
         for name, parameter in encoder.named_parameters():
-            if "boundary" in name:
+            if "boundary" in name or "fuser" in name:
                 parameter.add_(0.3 * torch.randn_like(parameter))
 
 

@@ -1,6 +1,7 @@
 """Attention over a packed batch: the only operation that knows about sequences.
 
-Shape letters: T packed tokens, B images, N longest sequence, H heads, E channels a head.
+Shape letters: T packed tokens, S packed keys where they are others, B images, N longest sequence, H heads, E channels a
+head.
 """
 
 from __future__ import annotations
@@ -11,13 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 from dtpvit.encoder.layout import Layout, LengthGroups
 from dtpvit.encoder.ops.rows import take_rows
 
-__all__ = ["class_attention", "fold_key_bias", "packed_attention"]
+__all__ = ["class_attention", "cross_attention", "fold_key_bias", "packed_attention"]
 
 
 def packed_attention(
@@ -44,7 +45,7 @@ def packed_attention(
         raise ValueError("a key bias with causal attention is not supported")
     if _has_varlen_kernel(qkv_T3HE) and not (layout.uniform and key_bias is None):
         q, k, v = qkv_T3HE.unbind(1)
-        return _varlen(q, k, v, layout, key_bias, causal)
+        return _varlen(q, k, v, layout, layout, key_bias, causal)
     if layout.uniform:
         mask = None if key_bias is None else key_bias.view(layout.batch, layout.longest)
         return _dense(qkv_T3HE, layout.batch, layout.longest, mask, causal)
@@ -55,6 +56,36 @@ def packed_attention(
         out = checkpoint(_padded, qkv_T3HE, groups, key_bias, causal, use_reentrant=False, preserve_rng_state=False)
         return out  # pyright: ignore[reportReturnType]
     return _padded(qkv_T3HE, groups, key_bias, causal)
+
+
+def cross_attention(
+    q_THE: Tensor, kv_S2HE: Tensor, layout: Layout, key_layout: Layout, *, key_bias: Tensor | None = None
+) -> Tensor:
+    """Softmax attention of each image's tokens to keys that are not the same tokens.
+
+    Args:
+        q_THE: Queries, shape (T, H, E).
+        kv_S2HE: Keys and values, shape (S, 2, H, E).
+        layout: Where each image's queries lie.
+        key_layout: Where its keys and values lie.
+        key_bias: Added to the logits of each key, float32, shape (S,); it gets no gradient.
+
+    Returns:
+        Shape (T, H, E).
+    """
+    uniform = layout.uniform and key_layout.uniform
+    if _has_varlen_kernel(q_THE) and not (uniform and key_bias is None):
+        return _varlen(q_THE, kv_S2HE[:, 0], kv_S2HE[:, 1], layout, key_layout, key_bias, False)
+    if not uniform:
+        q_THE = take_rows(q_THE, layout.padded, layout.unpadded)
+        kv_S2HE = take_rows(kv_S2HE, key_layout.padded, key_layout.unpadded)
+        bias = torch.zeros(kv_S2HE.shape[:1], device=q_THE.device) if key_bias is None else key_bias[key_layout.padded]
+        key_bias = bias.masked_fill(key_layout.padding.flatten(), float("-inf"))
+    q = q_THE.unflatten(0, (layout.batch, layout.longest)).transpose(1, 2)
+    k, v = kv_S2HE.unflatten(0, (layout.batch, key_layout.longest)).permute(2, 0, 3, 1, 4).unbind(0)
+    mask = None if key_bias is None else key_bias.view(layout.batch, key_layout.longest)
+    out = _attend(q, k, v, mask)
+    return out if uniform else take_rows(out, layout.unpadded, layout.padded, unread=layout.padding)
 
 
 def class_attention(qkv_T3HE: Tensor, layout: Layout, key_bias: Tensor | None = None) -> Tensor:
@@ -87,7 +118,7 @@ def class_attention(qkv_T3HE: Tensor, layout: Layout, key_bias: Tensor | None = 
     return row if layout.uniform else take_rows(row, layout.unpadded, layout.padded, unread=layout.padding)
 
 
-def fold_key_bias(q_THE: Tensor, k_THE: Tensor, v_THE: Tensor, key_bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def fold_key_bias(q_THE: Tensor, k_SHE: Tensor, v_SHE: Tensor, key_bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Write an additive key bias into the channels, for flash kernels that take no bias.
 
     Three channels hold sqrt(E) times the bias, rounded, and its remainders, so that half precision keeps it to
@@ -96,32 +127,35 @@ def fold_key_bias(q_THE: Tensor, k_THE: Tensor, v_THE: Tensor, key_bias: Tensor)
 
     Args:
         q_THE: Queries, shape (T, H, E).
-        k_THE: Keys, likewise.
-        v_THE: Values, likewise.
-        key_bias: Shape (T,).
+        k_SHE: Keys, of these tokens or others, shape (S, H, E).
+        v_SHE: Values, likewise.
+        key_bias: Shape (S,).
 
     Returns:
-        Queries, keys, values, each of shape (T, H, E') with E' the multiple of 8 at or above E + 3.
+        Queries, keys, values as they came but with E' channels, the multiple of 8 at or above E + 3.
     """
-    total, heads, dim = q_THE.shape
+    total, heads, dim = k_SHE.shape
     parts, rest = [], key_bias.to(torch.float64 if q_THE.dtype == torch.float64 else torch.float32) * dim**0.5
     for _ in range(3):
-        parts.append(rest.to(k_THE.dtype))
+        parts.append(rest.to(k_SHE.dtype))
         rest = rest - parts[-1].to(rest.dtype)
     extra = 3 + (-(dim + 3)) % 8
-    zeros = q_THE.new_zeros(total, heads, extra - 3)
-    ones = q_THE.new_ones(total, heads, 3)
+    ones = q_THE.new_ones(q_THE.shape[0], heads, 3)
     bias = torch.stack(parts, dim=-1)[:, None, :].expand(total, heads, 3)
-    q = torch.cat((q_THE, ones, zeros), dim=-1)
-    k = torch.cat((k_THE, bias, zeros), dim=-1)
-    v = torch.nn.functional.pad(v_THE, (0, extra))
+    q, k = (pad(torch.cat(both, dim=-1), (0, extra - 3)) for both in ((q_THE, ones), (k_SHE, bias)))
+    v = pad(v_SHE, (0, extra))
     return q, k, v
 
 
 def _dense(qkv: Tensor, images: int, length: int, bias: Tensor | None, causal: bool) -> Tensor:
     """Attention over a grid of ``images`` rows of ``length`` cells: (images * length, 3, H, E) to (..., H, E)."""
     q, k, v = qkv.unflatten(0, (images, length)).permute(2, 0, 3, 1, 4).unbind(0)
-    mask = None if bias is None else bias.to(q.dtype)[:, None, None, :].expand(-1, 1, length, -1)
+    return _attend(q, k, v, bias, causal)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool = False) -> Tensor:
+    """Grids of queries, keys and values, each of (B, H, N, E), and a bias (B, N of the keys), to (B * N, H, E)."""
+    mask = None if bias is None else bias.to(q.dtype)[:, None, None, :].expand(-1, 1, q.shape[2], -1)
     return scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal).transpose(1, 2).flatten(0, 1)
 
 
@@ -160,7 +194,9 @@ def _varlen_parameters() -> frozenset[str]:
     return frozenset(inspect.signature(varlen_attn).parameters)
 
 
-def _varlen(q: Tensor, k: Tensor, v: Tensor, layout: Layout, key_bias: Tensor | None, causal: bool) -> Tensor:
+def _varlen(
+    q: Tensor, k: Tensor, v: Tensor, layout: Layout, key_layout: Layout, key_bias: Tensor | None, causal: bool
+) -> Tensor:
     """The one place that knows the signature of torch's variable-length kernel, which changed after 2.11."""
     from torch.nn.attention.varlen import varlen_attn
 
@@ -169,7 +205,7 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, layout: Layout, key_bias: Tensor | 
     if key_bias is not None:
         q, k, v = fold_key_bias(q, k, v, key_bias)
     elif dim % 8:
-        q, k, v = (torch.nn.functional.pad(x, (0, -dim % 8)) for x in (q, k, v))
+        q, k, v = (pad(x, (0, -dim % 8)) for x in (q, k, v))
     known = _varlen_parameters()
     options: dict[str, object] = {}
     if "scale" in known:
@@ -180,6 +216,6 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, layout: Layout, key_bias: Tensor | 
         options.update({"is_causal": True} if "is_causal" in known else {"window_size": (-1, 0)})
     if "num_splits" in known:
         options["num_splits"] = 1  # chosen by the kernel it would follow the longest image of the batch
-    borders, longest = layout.cumulative, layout.longest
-    out: Any = varlen_attn(q, k, v, borders, borders, longest, longest, **options)  # pyright: ignore
+    borders = layout.cumulative, key_layout.cumulative
+    out: Any = varlen_attn(q, k, v, *borders, layout.longest, key_layout.longest, **options)  # pyright: ignore
     return out[..., :dim]

@@ -15,7 +15,16 @@ from torch.nn.functional import embedding_bag
 
 _ROWS_AT_ONCE = 1024  # on a CPU a product of so many rows stays in the cache
 
-__all__ = ["ESTIMATORS", "Segments", "dtp_vote", "gate_vote", "pool_segments", "segment_ids", "symmetric_vote"]
+__all__ = [
+    "ESTIMATORS",
+    "Segments",
+    "dtp_vote",
+    "gate_vote",
+    "pool_segments",
+    "segment_ids",
+    "spread_rows",
+    "symmetric_vote",
+]
 
 
 def segment_ids(starts: Tensor) -> Tensor:
@@ -222,3 +231,31 @@ def pool_segments(features: Tensor, starts: Tensor, segments: Segments, *, estim
     if estimator not in ESTIMATORS:
         raise ValueError(f"estimator is {estimator!r}; expected one of {', '.join(ESTIMATORS)}")
     return _PoolSegments.apply(features, starts, segments.size, segments, ESTIMATORS[estimator])
+
+
+class _SpreadRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, destination: Tensor) -> Tensor:
+        ctx.save_for_backward(destination)
+        ctx.count = rows.shape[0]
+        return rows.index_select(0, destination)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (destination,) = ctx.saved_tensors
+        groups = Segments.gathered(destination, ctx.count, torch.ones_like(destination, dtype=torch.float32))
+        assert groups.order is not None
+        return embedding_bag(groups.order, grads[0], groups.begin, mode="sum"), None
+
+
+def spread_rows(rows: Tensor, destination: Tensor) -> Tensor:
+    """A copy of each token's group for the token; the gradient of a group is summed without atomics, hence repeatable.
+
+    Args:
+        rows: Of the groups, none of them empty, shape (S, D).
+        destination: Group of each token, int64, shape (T,).
+
+    Returns:
+        Shape (T, D).
+    """
+    return _SpreadRows.apply(rows, destination)

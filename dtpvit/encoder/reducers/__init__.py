@@ -4,7 +4,10 @@ from dtpvit.encoder.evidence import Evidence
 from dtpvit.encoder.reducers.base import Reduction, TokenReducer
 from dtpvit.encoder.reducers.controls import FixedStride, GridPooling, RandomBoundaries
 from dtpvit.encoder.reducers.dynamic_pooling import DynamicPooling
+from dtpvit.encoder.reducers.todo import ToDo
+from dtpvit.encoder.reducers.token_learner import TokenLearner
 from dtpvit.encoder.reducers.tome import ToMe
+from dtpvit.encoder.reducers.tomesd import ToMeSD
 
 __all__ = [
     "DynamicPooling",
@@ -13,6 +16,9 @@ __all__ = [
     "GridPooling",
     "RandomBoundaries",
     "Reduction",
+    "ToDo",
     "ToMe",
+    "ToMeSD",
+    "TokenLearner",
     "TokenReducer",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -23,11 +24,14 @@ class Reduction:
         losses: Scalars to add to the task's loss, already weighted, by name.
         scores: For :meth:`dtpvit.encoder.VisionEncoder.boundary_scores`: clean and noisy boundary logits of the tokens
             that are free to start a segment, float32, shape (2, F); None for methods without logits.
+        restore: For methods that shorten a part of a block only: from what that part made of the fewer tokens, shape
+            (S, D), to rows for all the tokens that came, (T, D). None: the tokens stay few.
     """
 
     tokens: Tokens
     losses: dict[str, Tensor] = field(default_factory=dict)
     scores: Tensor | None = None
+    restore: Callable[[Tensor], Tensor] | None = None
 
 
 class TokenReducer(nn.Module, ABC):
@@ -38,16 +42,26 @@ class TokenReducer(nn.Module, ABC):
     unless ``drops``; the task's gradient reaches every parameter.
 
     Attributes:
-        place: Where it acts: ``"before"`` its block, or ``"inside"``, between the block's attention and its MLP.
+        place: Where it acts. ``"before"`` its block: with :attr:`Reduction.restore`, the block's output is brought back
+            to the tokens that came. ``"inside"``: between the block's attention and its MLP. ``"attention"``: its
+            attention alone sees the fewer tokens, made of the normed ones, and what it found is restored before it is
+            added. ``"keys"``: the same of keys and values; all tokens query, and nothing is to be restored.
         needs: What of its block's attention it goes by; only a reducer inside a block can have it.
+        needs_grid: Whether the tokens that come must form a grid.
         drops: Whether patches may be lost.
+        averages: Whether a token is the weighted mean of the patches whose source names it.
+        soft: Whether a token draws on all patches of its image, so that none is ever handed on as it is; ``source``
+            then names the token that draws on a patch most, and sizes are no whole numbers.
         draws: When it makes random choices, as a function of ``tokens.seed``.
         fixed: Whether images of equal length keep equally many tokens, so that shapes are static.
     """
 
-    place: Literal["before", "inside"] = "before"
+    place: Literal["before", "inside", "attention", "keys"] = "before"
     needs: frozenset[Need] = frozenset()
+    needs_grid: bool = False
     drops: bool = False
+    averages: bool = True
+    soft: bool = False
     draws: Literal["never", "training", "always"] = "never"
     fixed: bool = False
 
@@ -59,7 +73,7 @@ class TokenReducer(nn.Module, ABC):
         """End a training step, on all ranks together, once its gradients are complete."""
 
     def macs(self, tokens: Tensor, dim: int, num_heads: int) -> Tensor:
-        """Multiply-accumulates of the decision, beside the averages themselves and the evidence.
+        """Multiply-accumulates of the decision, beside the averages themselves and the evidence; of soft methods all.
 
         Args:
             tokens: Tokens of each image that come in, float64, shape (B,).

@@ -107,6 +107,7 @@ class GridPooling(BoundaryPooling):
         ValueError: If the tokens form no grid any more.
     """
 
+    needs_grid = True
     fixed = True
 
     def __init__(self, dim: int, *, window: int = 2, proportional: bool = True) -> None:
