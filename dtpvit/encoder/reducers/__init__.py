@@ -3,14 +3,18 @@
 from dtpvit.encoder.evidence import Evidence
 from dtpvit.encoder.reducers.base import Reduction, TokenReducer
 from dtpvit.encoder.reducers.controls import FixedStride, GridPooling, RandomBoundaries
+from dtpvit.encoder.reducers.dtome import DToMe
 from dtpvit.encoder.reducers.dynamic_pooling import DynamicPooling
+from dtpvit.encoder.reducers.pitome import PiToMe
 from dtpvit.encoder.reducers.tome import ToMe
 
 __all__ = [
+    "DToMe",
     "DynamicPooling",
     "Evidence",
     "FixedStride",
     "GridPooling",
+    "PiToMe",
     "RandomBoundaries",
     "Reduction",
     "ToMe",
