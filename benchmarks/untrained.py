@@ -5,6 +5,7 @@ python -m benchmarks.untrained --images DIR --weights FILE --output docs/results
 
 from __future__ import annotations
 
+from copy import deepcopy
 from itertools import pairwise
 from typing import Any
 
@@ -16,6 +17,7 @@ from tqdm import tqdm
 from benchmarks.record import heading, pages, table
 from dtpvit.datamodules.labelled import LabelledLoader
 from dtpvit.datamodules.labelled_index import index_labelled
+from dtpvit.encoder.reducers.base import JointThreshold
 from dtpvit.evaluation.arguments import chosen_device
 from dtpvit.evaluation.cost import image_cost
 from dtpvit.interop.dense_weights import load_dense
@@ -25,12 +27,23 @@ from dtpvit.interop.timm_models import TimmVisionEncoder
 _WHAT = """\
 {model} on {count} images, timm's evaluation transform. One standard error of top-1 is {error:.1f} points; between rows
 it is smaller, the images being the same. Agreement: same first class as the dense model. GMACs without the head; in
-brackets without the decision either (matching, segmentation), as publications count.
+brackets without the decision either (matching, segmentation), as publications count. Where a reducer needs a threshold,
+each half of the images, every other one, is evaluated with that of the other half, from one pass without labels.
 """
 
 
 def _tome(r: int) -> dict[Any, Any]:
     return {"0-11": {"class_path": "ToMe", "init_args": {"r": r}}}
+
+
+def _pitome(r: int) -> dict[Any, Any]:
+    """As published: the margin falls with depth, and the second half of the blocks protects isolated tokens."""
+    each = {"margin": {"from": 0.9, "to": 0.075}, "protect": [block >= 6 for block in range(12)]}
+    return {"0-11": {"class_path": "PiToMe", "init_args": {"r": r}, "each": each}}
+
+
+def _dtome(r: int) -> dict[Any, Any]:
+    return {"0-11": {"class_path": "DToMe", "init_args": {"r": r}}}
 
 
 def _minimum_variance(kept: dict[int, int]) -> dict[Any, Any]:
@@ -44,12 +57,18 @@ def _minimum_variance(kept: dict[int, int]) -> dict[Any, Any]:
 ROWS: dict[str, dict[Any, Any]] = {
     "dense": {},
     "ToMe, r = 8": _tome(8),
+    "PiToMe, r = 8": _pitome(8),
+    "DToMe, r = 8": _dtome(8),
     "minimum variance, 98 segments before block 6": _minimum_variance({6: 98}),
     "ToMe, r = 12": _tome(12),
     "minimum variance, 49 segments before block 6": _minimum_variance({6: 49}),
     "ToMe, r = 13": _tome(13),
+    "PiToMe, r = 13": _pitome(13),
+    "DToMe, r = 13": _dtome(13),
     "minimum variance, 160, 115, 75, 35 segments before 3, 5, 7, 9": _minimum_variance({3: 160, 5: 115, 7: 75, 9: 35}),
     "ToMe, r = 16": _tome(16),
+    "PiToMe, r = 16": _pitome(16),
+    "DToMe, r = 16": _dtome(16),
 }
 
 
@@ -77,12 +96,12 @@ def untrained(
     index = index_labelled(images, limit=limit)
     loader = LabelledLoader(index, image_size=(224, 224), crop_pct=0.9, batch_size=batch_size, num_workers=0)
     batches = [(batch["image"], batch["label"]) for batch in loader]
-    truth = torch.cat([label for _, label in batches])
+    pixels, truth = (torch.cat(parts) for parts in zip(*batches, strict=True))
     rows, dense, top1 = [], torch.empty(0), 0.0
     for name, reducers in tqdm(ROWS.items(), disable=None):
         encoder = image_model({"preset": model, "reducers": reducers}, 1000)
         load_dense(encoder, weights)
-        found, gmacs, decision = _evaluated(encoder.to(place).eval(), [image for image, _ in batches])
+        found, gmacs, decision = _evaluated(encoder.to(place).eval(), pixels, batch_size)
         right = (found == truth).double().mean().item()
         if not reducers:
             dense, top1 = found, right
@@ -95,19 +114,31 @@ def untrained(
 
 
 @torch.no_grad()
-def _evaluated(encoder: TimmVisionEncoder, images: list[Tensor]) -> tuple[Tensor, float, float]:
-    """Class of each image, shape (images,); mean GMACs of an image, in all and of the reducers' decisions."""
+def _evaluated(encoder: TimmVisionEncoder, images: Tensor, batch_size: int) -> tuple[Tensor, float, float]:
+    """Class of each image, shape (images,); mean GMACs of an image, in all and of the reducers' decisions.
+
+    Where reducers learn a threshold from images, every other image is evaluated with that of the rest.
+    """
     place = encoder.pos_embed.device
     mean = 255 * torch.tensor([0.485, 0.456, 0.406], device=place).view(3, 1, 1)
     std = 255 * torch.tensor([0.229, 0.224, 0.225], device=place).view(3, 1, 1)
-    classes, total, decisions = list[Tensor](), list[Tensor](), list[Tensor]()
-    for batch in images:
-        encoding = encoder.encode((batch.to(place) - mean) / std)
-        cost = image_cost(encoder, encoding.layouts)
-        classes.append(encoder.head(encoding.pooled).argmax(1).cpu())
-        total.append(cost.total.cpu())
-        decisions.append(cost.reducers.cpu())
-    return torch.cat(classes), float(torch.cat(total).mean()) / 1e9, float(torch.cat(decisions).mean()) / 1e9
+    learns = any(isinstance(made, JointThreshold) and not made.fixed for made in encoder.reducers.values())
+    classes, macs = torch.empty(len(images), dtype=torch.int64), list[Tensor]()
+    for half in range(2 if learns else 1):
+        fresh = deepcopy(encoder)
+        if learns:
+            fresh.reducers.train()
+            for batch in images[1 - half :: 2].split(batch_size):
+                fresh.encode((batch.to(place) - mean) / std)
+        fresh.eval()
+        own = torch.arange(half, len(images), 2 if learns else 1)
+        for rows in own.split(batch_size):
+            encoding = fresh.encode((images[rows].to(place) - mean) / std)
+            cost = image_cost(fresh, encoding.layouts)
+            classes[rows] = fresh.head(encoding.pooled).argmax(1).cpu()
+            macs.append(torch.stack((cost.total, cost.reducers)).cpu())
+    total, decisions = (torch.cat(macs, dim=1).mean(1) / 1e9).tolist()
+    return classes, total, decisions
 
 
 if __name__ == "__main__":

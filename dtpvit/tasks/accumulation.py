@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from dtpvit.encoder import VisionEncoder
-from dtpvit.encoder.reducers import DynamicPooling
+from dtpvit.encoder.reducers.base import JointThreshold
 from dtpvit.tasks.token_count import TokenCount
 
 __all__ = ["CachedStep", "Features", "RandomState", "average_gradients", "joint_thresholds"]
@@ -69,7 +69,7 @@ def joint_thresholds(trunk: VisionEncoder, images: list[Tensor], seeds: list[Ten
     thresholds: dict[int, Tensor] = {}
     for key in sorted(trunk.reducers, key=int):
         reducer = trunk.reducers[key]
-        if not isinstance(reducer, DynamicPooling):
+        if not isinstance(reducer, JointThreshold):
             continue
         state = RandomState(images[0].device)
         found = []

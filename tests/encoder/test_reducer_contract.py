@@ -9,10 +9,12 @@ import torch
 from dtpvit.encoder import Tokens, VisionEncoder
 from dtpvit.encoder.layers import Block
 from dtpvit.encoder.reducers import (
+    DToMe,
     DynamicPooling,
     Evidence,
     FixedStride,
     GridPooling,
+    PiToMe,
     RandomBoundaries,
     ToDo,
     TokenLearner,
@@ -80,12 +82,17 @@ REDUCERS = [
     pytest.param(learner(), id="token-learner"),
     pytest.param(learner(version="1.0"), id="token-learner-1.0"),
     pytest.param(fused, id="token-fuser"),
+    pytest.param(lambda c: PiToMe(D, r=0 if c == 1 else 9), id="pitome"),
+    pytest.param(lambda c: DToMe(D, r=0 if c == 1 else 9), id="dtome"),
+    pytest.param(lambda c: PiToMe(D, ratio=1 if c == 1 else 0.7, protect=False), id="pitome-unprotected"),
 ]
 NOMINAL = {
     GridPooling: 9 / 30,
     ToMe: 15 / 30,
     ToMeSD: 15 / 30,
     ToDo: 6 / 30,
+    PiToMe: 21 / 30,
+    DToMe: 21 / 30,
 }  # rate asked for here, of those that cannot have 1 / 4 at once
 
 
@@ -274,7 +281,9 @@ def starts_of(tokens):
 
 
 def test_names_of_predictors_say_boundary(make):
-    assert not isinstance(make(4), BoundaryPooling) or all("boundary" in name for name in make(4).state_dict())
+    reducer = make(4)
+    if isinstance(reducer, BoundaryPooling):
+        assert all("boundary" in name for name in reducer.state_dict())
 
 
 def test_hierarchy_and_order_of_the_line():

@@ -16,6 +16,7 @@ from dtpvit.encoder.reducers import (
     Evidence,
     FixedStride,
     GridPooling,
+    PiToMe,
     RandomBoundaries,
     ToDo,
     TokenLearner,
@@ -45,6 +46,7 @@ ENCODERS = {
     "stride": {"reducers": {1: lambda dim: FixedStride(dim, compression=4, order="serpentine")}},
     "grid": {"reducers": {1: GridPooling}},
     "tome": {"reducers": {block: lambda dim: ToMe(dim, r=7) for block in range(3)}},
+    "pitome": {"reducers": {0: lambda dim: PiToMe(dim, r=7), 1: lambda dim: PiToMe(dim, ratio=0.8, protect=False)}},
     "random": {"reducers": {1: lambda dim: RandomBoundaries(dim, compression=4, budget="fixed")}},
     "tomesd": {"reducers": {block: lambda dim: ToMeSD(dim, ratio=0.5, random=True) for block in range(3)}},
     "todo": {"reducers": {0: ToDo, 1: lambda dim: ToDo(dim, method="max_pool"), 2: lambda dim: ToDo(dim, factor=3)}},
@@ -105,7 +107,7 @@ def check_compiled(arguments, backend, **compiling):
         torch.testing.assert_close(compiled(images).pooled, twin(images).pooled, rtol=0, atol=1e-5)
 
 
-QUICK = ("fixed", "symmetric", "random", "tome", "tomesd", "token fuser")
+QUICK = ("fixed", "symmetric", "random", "tome", "pitome", "tomesd", "token fuser")
 
 
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in ENCODERS])

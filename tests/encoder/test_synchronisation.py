@@ -7,9 +7,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dtpvit.encoder import DualEncoder, VisionEncoder, VisualTower
 from dtpvit.encoder.reducers import (
+    DToMe,
     DynamicPooling,
     FixedStride,
     GridPooling,
+    PiToMe,
     RandomBoundaries,
     ToDo,
     TokenLearner,
@@ -84,10 +86,13 @@ def learner(**options):
         ({1: DynamicPooling(32, compression=2), 2: ToMe(32, r=3), 3: ToMe(32, r=3)}, 1),
         ({0: ToMeSD(32, random=True), 1: ToDo(32), 2: ToDo(32, method="max_pool"), 3: learner(fuse=True)}, 0),
         ({0: learner(version="1.0", fuse=True), 1: DynamicPooling(32, compression=2), 2: learner()}, 1),
+        ({0: PiToMe(32, r=9), 1: PiToMe(32, ratio=0.8, protect=False)}, 0),
+        ({0: DToMe(32, r=9), 1: DToMe(32, r=9)}, 2),
+        ({0: DToMe(32, r=9), 1: PiToMe(32, ratio=0.8)}, 1),
     ],
     ids=[
         *["dense", "dynamic", "cosine", "twice", "fixed budget", "stride", "grid", "random", "tome", "tome, ragged"],
-        *["restored", "token learner, ragged"],
+        *["restored", "token learner, ragged", "pitome", "dtome", "pitome, ragged"],
     ],
 )
 def test_one_wait_a_reducer(reducers, expected, training):

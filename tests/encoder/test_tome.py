@@ -1,124 +1,62 @@
 """ToMe against a slow reference with loops, written from the description of the method; and on real images."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from slow_merging import assert_equals_slow_reference, assert_merges_like, cosine, random_tokens, small
 from torch import nn
 
-from dtpvit.encoder import Layout, Tokens, VisionEncoder
+from dtpvit.encoder import Layout, VisionEncoder
 from dtpvit.encoder.reducers import Evidence, RandomBoundaries, ToMe
 from dtpvit.evaluation.cost import image_cost, image_macs
 from dtpvit.interop.create import create_encoder
 
 
-def small(rates, **options):
-    sizes = {"image_size": 48, "patch_size": 8, "dim": 24, "depth": 3, "num_heads": 2} | options
-    reducers = {block: ToMe(24, r=rate) for block, rate in enumerate(rates)}
-    encoder = VisionEncoder(**sizes, reducers=reducers)
-    with torch.no_grad():  # attention that is not uniform
-        for block in encoder.blocks:
-            block.attn.qkv.weight.mul_(4)
-    return encoder
+def tome(rates, **options):
+    return small({block: ToMe(24, r=rate) for block, rate in enumerate(rates)}, **options)
 
 
-def slow_matching(keys, r, num_prefix):
-    """Pairs (a, b) that are merged, and the places of even and odd tokens."""
-    places = range(len(keys))
-    evens, odds = [i for i in places if i % 2 == 0], [i for i in places if i % 2 == 1]
-    r = min(r, (len(keys) - num_prefix) // 2)
-    found = []
-    for a in evens:
-        best, partner = float("-inf"), None
-        for b in odds:
-            if a < num_prefix or b < num_prefix:
-                continue
-            cosine = float(keys[a] @ keys[b] / (keys[a].norm() * keys[b].norm()))
-            if cosine > best:
-                best, partner = cosine, b
-        if partner is not None:
-            found.append((best, a, partner))
-    found.sort(key=lambda edge: -edge[0])  # stable
-    return [(a, b) for _, a, b in found[:r]], evens, odds
+def slow_matching(r):
+    """Pairs (a, b) that are merged; and the order prefix, even tokens, odd tokens, or as it was if nothing is asked."""
 
+    def match(keys, num_prefix):
+        places = range(len(keys))
+        evens, odds = [i for i in places if i % 2 == 0], [i for i in places if i % 2 == 1]
+        found = []
+        for a in evens:
+            best, partner = float("-inf"), None
+            for b in odds:
+                if a >= num_prefix and b >= num_prefix and cosine(keys[a], keys[b]) > best:
+                    best, partner = cosine(keys[a], keys[b]), b
+            if partner is not None:
+                found.append((best, a, partner))
+        found.sort(key=lambda edge: -edge[0])  # stable
+        merges = min(r, (len(keys) - num_prefix) // 2)
+        order = [i for i in places if i < num_prefix] + [i for i in evens + odds if i >= num_prefix]
+        return [(a, b) for _, a, b in found[:merges]], order if r else places
 
-def slow_merge(x, size, members, keys, r, num_prefix):
-    """Size-weighted averages, in the order: prefix, unmerged even tokens, odd tokens; as it was if nothing is asked."""
-    if r == 0:
-        return x, size, members
-    pairs, evens, odds = slow_matching(keys, r, num_prefix)
-    gone = {a for a, _ in pairs}
-    order = list(range(num_prefix)) + [i for i in evens if i >= num_prefix and i not in gone]
-    order += [i for i in odds if i >= num_prefix]
-    rows, sizes, patches = [], [], []
-    for place in order:
-        group = [place] + [a for a, b in pairs if b == place]
-        total = sum(size[i] for i in group)
-        rows.append(sum(x[i] * size[i] for i in group) / total)
-        sizes.append(total)
-        patches.append([patch for i in group for patch in members[i]])
-    return torch.stack(rows), sizes, patches
-
-
-def slow_encode(encoder, image, rates):
-    """One image through a ViT with ToMe in its blocks: class token after the norm, sizes and patches of each token."""
-    x = encoder.embed(image[None]).features
-    size, members = [1.0] * len(x), [[i] for i in range(len(x))]
-    for block, r in zip(encoder.blocks, rates, strict=True):
-        heads = block.attn.num_heads
-        q, k, v = block.attn.qkv(block.norm1(x)).view(len(x), 3, heads, -1).unbind(1)
-        mixed = []
-        for head in range(heads):
-            logits = q[:, head] @ k[:, head].T / q.shape[-1] ** 0.5
-            mixed.append((logits + torch.tensor(size, dtype=torch.float32).log()).softmax(-1) @ v[:, head])
-        x = x + block.attn.proj(torch.cat(mixed, dim=1))
-        x, size, members = slow_merge(x, size, members, k.detach().mean(1), r, num_prefix=1)
-        x = x + block.mlp(block.norm2(x))
-    return encoder.norm(x)[0], size, members
+    return match
 
 
 @pytest.mark.parametrize("rates", [(5, 5, 5), (18, 0, 7), (40, 40, 40)], ids=["constant", "list", "saturated"])
 @pytest.mark.parametrize("training", [False, True])
 def test_it_equals_the_slow_reference_gradients_included(rates, training):
-    encoder = small(rates).double().train(training)
+    encoder = tome(rates).double().train(training)
     images = torch.randn(4, 3, 48, 48, dtype=torch.float64)
-    encoding = encoder(images)
-    parameters = list(encoder.parameters())
-    grads = torch.autograd.grad((encoding.pooled * torch.arange(24)).sum(), parameters)
-    expected = [slow_encode(encoder, image, rates) for image in images]
-    pooled = torch.stack([features for features, _, _ in expected])
-    torch.testing.assert_close(encoding.pooled, pooled, rtol=1e-6, atol=1e-6)
-    for tokens, (_, size, members) in zip(encoding.tokens.split(), expected, strict=True):
-        assert tokens.size.tolist() == size and members[0] == [0]
-        assert all((tokens.source[torch.tensor(patches) - 1] == row).all() for row, patches in enumerate(members[1:]))
-    slow = torch.autograd.grad((pooled * torch.arange(24)).sum(), parameters)
-    for one, two in zip(grads, slow, strict=True):
-        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)  # shares of a mean are float32
+    assert_equals_slow_reference(encoder, images, [slow_matching(rate) for rate in rates])
 
 
 @pytest.mark.parametrize("num_prefix", [0, 1, 2, 3])
 @pytest.mark.parametrize("lengths", [[9, 9], [3, 12, 7, 4], [3]])
 def test_any_prefix_and_any_lengths(num_prefix, lengths):
     """Two prefix tokens are the class token and the distillation token, neither of which is merged."""
-    total, r = sum(lengths), 3
-    layout = Layout.fetched(torch.tensor(lengths), num_prefix)
-    patches = Layout.fetched(torch.tensor(lengths) - num_prefix)
-    size = torch.where(layout.prefix, 1.0, torch.randint(1, 5, (total,)).float())
-    source = torch.cat([torch.arange(length - num_prefix) for length in lengths])
-    tokens = Tokens(torch.randn(total, 6), layout, size, source, patches)
-    keys = torch.randn(total, 4)
-    found = ToMe(6, r=r)(tokens, Evidence(keys=keys)).tokens
-    assert found.layout.total == found.lengths.sum() and found.layout.longest == found.lengths.max()
-    parts = zip(tokens.split(), keys.split(lengths), found.split(), strict=True)
-    for before, own_keys, after in parts:
-        members = [[place] for place in range(len(own_keys))]
-        x, sizes, groups = slow_merge(before.features, before.size.tolist(), members, own_keys, r, num_prefix)
-        torch.testing.assert_close(after.features, x)
-        assert after.size.tolist() == sizes
-        for row, group in enumerate(groups[num_prefix:]):
-            assert (after.source[torch.tensor(group) - num_prefix] == row).all()
-        assert torch.equal(after.features[:num_prefix], before.features[:num_prefix])
+    tokens, keys = random_tokens(lengths, num_prefix)
+    found = assert_merges_like(ToMe(6, r=3), slow_matching(3), tokens, keys)
     if len(set(lengths)) > 1:
+        layout = tokens.layout
         unknown = Layout(layout.lengths, layout.longest, layout.total, num_prefix)  # the host knows no length
-        again = ToMe(6, r=r)(Tokens(tokens.features, unknown, size, source, patches), Evidence(keys=keys)).tokens
+        again = ToMe(6, r=3)(replace(tokens, layout=unknown), Evidence(keys=keys)).tokens
         assert torch.equal(again.features, found.features) and torch.equal(again.lengths, found.lengths)
 
 
@@ -136,7 +74,7 @@ def test_after_another_reducer():
 
 
 def test_nothing_to_merge_is_the_dense_encoder():
-    encoder, dense = small((0, 0, 0)).eval(), small(()).eval()
+    encoder, dense = tome((0, 0, 0)).eval(), small({}).eval()
     dense.load_state_dict(encoder.state_dict())
     images = torch.randn(2, 3, 48, 48)
     assert torch.equal(encoder(images).pooled, dense(images).pooled)
@@ -145,7 +83,7 @@ def test_nothing_to_merge_is_the_dense_encoder():
 
 def test_merging_equal_tokens_changes_nothing():
     """An image of one colour without positions: all patch tokens are equal, and stay so."""
-    encoder, dense = small((9, 9, 9), readout="mean").eval(), small((), readout="mean").eval()
+    encoder, dense = tome((9, 9, 9), readout="mean").eval(), small({}, readout="mean").eval()
     with torch.no_grad():
         encoder.pos_embed.zero_()
     dense.load_state_dict(encoder.state_dict())

@@ -3,17 +3,21 @@
 from dtpvit.encoder.evidence import Evidence
 from dtpvit.encoder.reducers.base import Reduction, TokenReducer
 from dtpvit.encoder.reducers.controls import FixedStride, GridPooling, RandomBoundaries
+from dtpvit.encoder.reducers.dtome import DToMe
 from dtpvit.encoder.reducers.dynamic_pooling import DynamicPooling
+from dtpvit.encoder.reducers.pitome import PiToMe
 from dtpvit.encoder.reducers.todo import ToDo
 from dtpvit.encoder.reducers.token_learner import TokenLearner
 from dtpvit.encoder.reducers.tome import ToMe
 from dtpvit.encoder.reducers.tomesd import ToMeSD
 
 __all__ = [
+    "DToMe",
     "DynamicPooling",
     "Evidence",
     "FixedStride",
     "GridPooling",
+    "PiToMe",
     "RandomBoundaries",
     "Reduction",
     "ToDo",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dtpvit.encoder.evidence import Evidence, Need
 from dtpvit.encoder.tokens import Tokens
 
-__all__ = ["Reduction", "TokenReducer"]
+__all__ = ["JointThreshold", "Reduction", "TokenReducer"]
 
 
 @dataclass(frozen=True)
@@ -22,10 +22,11 @@ class Reduction:
     Attributes:
         tokens: The fewer tokens.
         losses: Scalars to add to the task's loss, already weighted, by name.
-        scores: For :meth:`dtpvit.encoder.VisionEncoder.boundary_scores`: clean and noisy boundary logits of the tokens
-            that are free to start a segment, float32, shape (2, F); None for methods without logits.
         restore: For methods that shorten a part of a block only: from what that part made of the fewer tokens, shape
             (S, D), to rows for all the tokens that came, (T, D). None: the tokens stay few.
+        scores: For :meth:`dtpvit.encoder.VisionEncoder.boundary_scores`: what a :class:`JointThreshold` finds its
+            threshold in, for instance clean and noisy boundary logits of the tokens that are free to start a segment,
+            float32, shape (2, F); None where it finds none.
     """
 
     tokens: Tokens
@@ -84,3 +85,17 @@ class TokenReducer(nn.Module, ABC):
             Shape (B,), float64.
         """
         return tokens.new_zeros(tokens.shape)
+
+
+class JointThreshold(ABC):
+    """A reducer whose threshold in training is that of the whole batch, over all ranks and micro-batches."""
+
+    @abstractmethod
+    def set_threshold(self, joint: Tensor, patches: int, images: int) -> Tensor:
+        """Training threshold of a step, a scalar, and calibration of the evaluation threshold, over all ranks.
+
+        Args:
+            joint: ``Reduction.scores`` of this rank's micro-batches, side by side.
+            patches: Non-prefix tokens of this rank's images.
+            images: How many images those are.
+        """

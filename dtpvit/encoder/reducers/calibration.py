@@ -1,4 +1,4 @@
-"""The threshold that evaluation uses, learned from the logits that training saw."""
+"""The threshold that evaluation uses, learned from what training saw."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dtpvit.encoder.reducers.precision import FullPrecision
 
-__all__ = ["BoundaryCalibration"]
+__all__ = ["BoundaryCalibration", "MeanThreshold"]
 
 
 class BoundaryCalibration(FullPrecision):
@@ -59,3 +59,29 @@ class BoundaryCalibration(FullPrecision):
         threshold = seen.index_select(0, around).mean()
         threshold = torch.where(cut == 0, -torch.inf, torch.where(cut > last, torch.inf, threshold))
         self.boundary_threshold.copy_(torch.where(known > 0, threshold, torch.nan))
+
+
+class MeanThreshold(FullPrecision):
+    """The mean of the thresholds of past steps: of all of them at first, then fading over the last ``window``.
+
+    NaN until there was a step. All state is persistent, float32, and the same on every rank.
+    """
+
+    threshold: Tensor
+    steps: Tensor
+
+    def __init__(self, *, window: int = 100) -> None:
+        super().__init__()
+        self.window = window
+        self.register_buffer("threshold", torch.tensor(float("nan")))
+        self.register_buffer("steps", torch.tensor(0.0))
+
+    @torch.no_grad()
+    def observe(self, threshold: Tensor) -> None:
+        """Take in a step's threshold, a scalar; one that is no number is as if it had not been."""
+        whole = threshold.isfinite()
+        steps = self.steps + 1
+        before = torch.where(self.steps == 0, threshold, self.threshold)
+        mean = before + (threshold - before) / steps.clamp(max=self.window)
+        self.threshold.copy_(torch.where(whole, mean, self.threshold))
+        self.steps.copy_(torch.where(whole, steps, self.steps))

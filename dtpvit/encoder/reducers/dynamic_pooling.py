@@ -23,7 +23,7 @@ from dtpvit.encoder.ops.collectives import add_up, gather_columns
 from dtpvit.encoder.ops.noise import logistic_noise
 from dtpvit.encoder.ops.regression import regress_votes
 from dtpvit.encoder.ops.rows import take_rows
-from dtpvit.encoder.reducers.base import Reduction
+from dtpvit.encoder.reducers.base import JointThreshold, Reduction
 from dtpvit.encoder.reducers.baseline import GradientBaseline
 from dtpvit.encoder.reducers.boundary_pooling import BoundaryPooling
 from dtpvit.encoder.reducers.calibration import BoundaryCalibration
@@ -33,7 +33,7 @@ from dtpvit.encoder.tokens import Tokens
 __all__ = ["DynamicPooling"]
 
 
-class DynamicPooling(BoundaryPooling):
+class DynamicPooling(BoundaryPooling, JointThreshold):
     """ "Dynamic token pooling [...] allows for variable-size segments", here of an image's patches.
 
     Nawrot et al., "Efficient Transformers with Dynamic Token Pooling", ACL 2023, with the corrections that images

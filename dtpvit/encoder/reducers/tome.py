@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
-from dtpvit.encoder.evidence import Evidence
 from dtpvit.encoder.layout import Layout
-from dtpvit.encoder.ops.matching import bipartite_matching, even_before_odd, rows_after_merging
-from dtpvit.encoder.reducers.base import Reduction, TokenReducer
-from dtpvit.encoder.reducers.merging import merge
-from dtpvit.encoder.tokens import Tokens
+from dtpvit.encoder.ops.matching import bipartite_matching, even_before_odd
+from dtpvit.encoder.reducers.merging import KeyMerging
 
 __all__ = ["ToMe"]
 
 
-class ToMe(TokenReducer):
+class ToMe(KeyMerging):
     """ "ToMe gradually combines similar tokens in a transformer using a general and light-weight matching algorithm".
 
     Bolya et al., "Token Merging: Your ViT But Faster", ICLR 2023. Inside a block, the cosine of the keys, averaged over
@@ -37,15 +32,11 @@ class ToMe(TokenReducer):
         ValueError: If ``r`` is no whole number from 0 on.
     """
 
-    place = "inside"
-    needs = frozenset({"keys"})
-    fixed = True
-
     def __init__(self, dim: int, *, r: int, proportional: bool = True) -> None:
-        super().__init__()
+        super().__init__(proportional=proportional)
         if not isinstance(r, int) or r < 0:
             raise ValueError(f"r is {r!r}; expected a whole number of tokens, at least 0")
-        self.r, self.proportional = r, proportional
+        self.r = r
 
     def extra_repr(self) -> str:
         return f"r={self.r}, proportional={self.proportional}"
@@ -56,27 +47,14 @@ class ToMe(TokenReducer):
         even = (tokens / 2).ceil()
         return even * (tokens - even) * (dim // num_heads)
 
-    def forward(self, tokens: Tokens, evidence: Evidence) -> Reduction:
-        layout = tokens.layout
-        if not self._lost(layout, layout.longest):
-            return Reduction(tokens)
-        assert evidence.keys is not None
-        merges = ((layout.lengths - layout.num_prefix) // 2).clamp(max=self.r)
-        after = layout.resized(layout.lengths - merges, lambda length: length - self._lost(layout, length))
-        destination = _match(evidence.keys.detach(), layout, merges) + after.first[layout.image]
-        return Reduction(merge(tokens, destination, after, proportional=self.proportional))
+    def lost(self, patches: int) -> int:
+        return min(self.r, patches // 2)
 
-    def _lost(self, layout: Layout, length: int) -> int:
-        """Tokens that a sequence of ``length`` tokens loses."""
-        return min(self.r, (length - layout.num_prefix) // 2)
+    def losses_of(self, patches: Tensor) -> Tensor:
+        return (patches // 2).clamp(max=self.r)
 
+    def match(self, metric: Tensor, frozen: Tensor, merges: Tensor, most: int) -> Tensor:
+        return bipartite_matching(metric, frozen, merges)
 
-def _match(keys: Tensor, layout: Layout, merges: Tensor) -> Tensor:
-    """Row within its image that each token goes into, shape (T,)."""
-    cells = layout.batch, layout.longest
-    frozen = layout.padding | (torch.arange(layout.longest, device=keys.device) < layout.num_prefix)
-    with torch.autocast(keys.device.type, enabled=False):
-        metric = normalize(keys, dim=1)[layout.padded].unflatten(0, cells)
-        target = bipartite_matching(metric, frozen, merges)
-    order = even_before_odd(layout.longest, layout.num_prefix, keys.device)
-    return rows_after_merging(target, layout.padding, order).flatten()[layout.unpadded]
+    def order(self, layout: Layout) -> Tensor:
+        return even_before_odd(layout.longest, layout.num_prefix, layout.lengths.device)
