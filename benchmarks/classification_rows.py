@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 __all__ = ["ROWS", "Row"]
 
@@ -21,7 +24,7 @@ class Row:
     """
 
     what: str
-    reducers: dict[int, Any] = field(default_factory=dict)
+    reducers: dict[Any, Any] = field(default_factory=dict)
     options: tuple[str, ...] = ()
 
 
@@ -68,3 +71,8 @@ ROWS: dict[str, Row] = {
     "slow": _learned("predictor's learning rate / 5", "--model.init_args.predictor_lr_scale", "1.0"),
     "cold": _learned("temperature 0.1 (symmetric vote)", estimator="symmetric", temperature=0.1),
 }
+
+# Published methods: what configs/reducers/NAME.yaml holds, where no row above has that name.
+for _path in sorted((Path(__file__).parents[1] / "configs" / "reducers").glob("*.yaml")):
+    _title = _path.read_text(encoding="utf-8").removeprefix("# ").split("\n")[0].split(" (")[0].split(":")[0]
+    ROWS.setdefault(_path.stem, Row(_title, yaml.safe_load(_path.read_text(encoding="utf-8"))))

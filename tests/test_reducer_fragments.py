@@ -45,3 +45,8 @@ def test_about_half_of_the_cost(fragment):
     with torch.no_grad():
         macs = image_macs(encoder, encoder(torch.randn(4, 3, 224, 224)))
     assert 0.4 < float(macs.mean()) / dense_macs(encoder) < 0.65
+
+
+@pytest.mark.parametrize("path", FRAGMENTS, ids=lambda path: path.stem)
+def test_the_header_says_what_it_is(path):
+    assert path.read_text().startswith("# ")
