@@ -41,6 +41,11 @@ def _minimum_variance(kept: dict[int, int]) -> dict[Any, Any]:
     return {blocks: {"class_path": "DynamicPooling", "init_args": arguments, "each": {"compression": rates}}}
 
 
+def _kept(name: str, keep: float, **options: Any) -> dict[Any, Any]:
+    """The share ``keep`` three times."""
+    return {"3,6,9": {"class_path": name, "init_args": {"keep": keep, **options}}}
+
+
 ROWS: dict[str, dict[Any, Any]] = {
     "dense": {},
     "ToMe, r = 8": _tome(8),
@@ -50,6 +55,12 @@ ROWS: dict[str, dict[Any, Any]] = {
     "ToMe, r = 13": _tome(13),
     "minimum variance, 160, 115, 75, 35 segments before 3, 5, 7, 9": _minimum_variance({3: 160, 5: 115, 7: 75, 9: 35}),
     "ToMe, r = 16": _tome(16),
+    "EViT, keep 0.7 in blocks 3, 6, 9": _kept("EViT", 0.7),
+    "Top-K, keep 0.7": _kept("TopK", 0.7),
+    "Top-K by norm, keep 0.7": _kept("TopK", 0.7, score="norm"),
+    "random tokens, keep 0.7": _kept("TopK", 0.7, score="random"),
+    "EViT, keep 0.5": _kept("EViT", 0.5),
+    "Top-K, keep 0.5": _kept("TopK", 0.5),
 }
 
 

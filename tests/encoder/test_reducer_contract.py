@@ -8,7 +8,16 @@ import torch
 
 from dtpvit.encoder import Tokens, VisionEncoder
 from dtpvit.encoder.layers import Block
-from dtpvit.encoder.reducers import DynamicPooling, Evidence, FixedStride, GridPooling, RandomBoundaries, ToMe
+from dtpvit.encoder.reducers import (
+    DynamicPooling,
+    Evidence,
+    EViT,
+    FixedStride,
+    GridPooling,
+    RandomBoundaries,
+    ToMe,
+    TopK,
+)
 
 D, GRID, PREFIX = 96, (6, 5), 1
 
@@ -50,8 +59,16 @@ REDUCERS = [
     pytest.param(lambda c: RandomBoundaries(D, compression=c, budget="fixed"), id="random-fixed"),
     pytest.param(lambda c: GridPooling(D, window=1 if c == 1 else 2), id="grid"),
     pytest.param(lambda c: ToMe(D, r=0 if c == 1 else 15), id="tome"),
+    pytest.param(lambda c: EViT(D, keep=1 / c), id="evit"),
+    pytest.param(lambda c: TopK(D, keep=1 / c), id="top-k"),
+    pytest.param(lambda c: TopK(D, keep=1 / c, score="norm"), id="top-k-norm"),
+    pytest.param(lambda c: TopK(D, keep=1 / c, score="random"), id="top-k-random"),
 ]
-NOMINAL = {GridPooling: 9 / 30, ToMe: 15 / 30}  # rate asked for here, of those that cannot have 1 / 4 at once
+NOMINAL = {
+    GridPooling: 9 / 30,
+    ToMe: 15 / 30,
+    EViT: 9 / 30,
+}  # rate asked for here, of those that cannot have 1 / 4 at once
 
 
 def weights_of(reducer, tokens):
@@ -145,7 +162,7 @@ def test_features_are_the_means_that_source_describes(reducer):
     out = reducer(tokens, evidence).tokens
     for before, after in zip(tokens.split(), out.split(), strict=True):
         patches, weights = before.features[PREFIX:], weights_of(reducer, before)
-        for index in range(len(after.size) - after.num_prefix):
+        for index in range(len(after.size) - after.num_prefix if reducer.averages else 0):
             mine = after.source == index
             mean = (patches[mine] * weights[mine, None]).sum(0) / weights[mine].sum()
             torch.testing.assert_close(after.features[after.num_prefix + index], mean)

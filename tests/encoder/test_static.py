@@ -11,7 +11,16 @@ from dtpvit.encoder import DualEncoder, Tokens, VisionEncoder, VisualTower
 from dtpvit.encoder.layers import Block
 from dtpvit.encoder.ops.exportable import means_by_product, ranks_by_counting
 from dtpvit.encoder.ops.segments import Segments, pool_segments
-from dtpvit.encoder.reducers import DynamicPooling, Evidence, FixedStride, GridPooling, RandomBoundaries, ToMe
+from dtpvit.encoder.reducers import (
+    DynamicPooling,
+    Evidence,
+    EViT,
+    FixedStride,
+    GridPooling,
+    RandomBoundaries,
+    ToMe,
+    TopK,
+)
 
 
 def fixed(**options):
@@ -31,6 +40,8 @@ ENCODERS = {
     "stride": {"reducers": {1: lambda dim: FixedStride(dim, compression=4, order="serpentine")}},
     "grid": {"reducers": {1: GridPooling}},
     "tome": {"reducers": {block: lambda dim: ToMe(dim, r=7) for block in range(3)}},
+    "evit": {"reducers": {block: lambda dim: EViT(dim, keep=0.6) for block in range(3)}},
+    "top-k": {"reducers": {block: lambda dim: TopK(dim, keep=0.6) for block in range(3)}},
     "random": {"reducers": {1: lambda dim: RandomBoundaries(dim, compression=4, budget="fixed")}},
 }
 
@@ -87,7 +98,7 @@ def check_compiled(arguments, backend, **compiling):
         torch.testing.assert_close(compiled(images).pooled, twin(images).pooled, rtol=0, atol=1e-5)
 
 
-QUICK = ("fixed", "symmetric", "random", "tome")
+QUICK = ("fixed", "symmetric", "random", "tome", "evit")
 
 
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in ENCODERS])

@@ -9,7 +9,15 @@ import torch
 
 from dtpvit.cli import main
 from dtpvit.encoder import VisionEncoder
-from dtpvit.encoder.reducers import DynamicPooling, FixedStride, GridPooling, RandomBoundaries, ToMe
+from dtpvit.encoder.reducers import (
+    DynamicPooling,
+    EViT,
+    FixedStride,
+    GridPooling,
+    RandomBoundaries,
+    ToMe,
+    TopK,
+)
 from dtpvit.errors import UserError
 from dtpvit.interop import onnx_file
 from dtpvit.interop.create import build_clip
@@ -28,6 +36,8 @@ ENCODERS = {
     "minimum variance": {"reducers": {1: lambda dim: DynamicPooling(dim, compression=6, router="minimum_variance")}},
     "stride": {"reducers": {1: lambda dim: FixedStride(dim, compression=4, order="serpentine")}},
     "tome": {"reducers": {block: lambda dim: ToMe(dim, r=7) for block in range(3)}},
+    "evit": {"reducers": {block: lambda dim: EViT(dim, keep=0.6) for block in range(3)}},
+    "top-k": {"reducers": {block: lambda dim: TopK(dim, keep=0.6) for block in range(3)}},
     "grid": {"reducers": {1: GridPooling}, "image_size": (48, 40), "act": "quick_gelu"},
 }
 
@@ -49,7 +59,7 @@ def run(path, images):
     return torch.from_numpy(session.run(["features"], {"images": images.numpy()})[0])
 
 
-QUICK = ("fixed", "grid", "tome")
+QUICK = ("fixed", "grid", "tome", "evit")
 
 
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in ENCODERS])

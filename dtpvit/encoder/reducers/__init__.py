@@ -4,10 +4,12 @@ from dtpvit.encoder.evidence import Evidence
 from dtpvit.encoder.reducers.base import Reduction, TokenReducer
 from dtpvit.encoder.reducers.controls import FixedStride, GridPooling, RandomBoundaries
 from dtpvit.encoder.reducers.dynamic_pooling import DynamicPooling
+from dtpvit.encoder.reducers.evit import EViT, TopK
 from dtpvit.encoder.reducers.tome import ToMe
 
 __all__ = [
     "DynamicPooling",
+    "EViT",
     "Evidence",
     "FixedStride",
     "GridPooling",
@@ -15,4 +17,5 @@ __all__ = [
     "Reduction",
     "ToMe",
     "TokenReducer",
+    "TopK",
 ]
