@@ -13,6 +13,7 @@ from dtpvit.encoder.ops.exportable import means_by_product, ranks_by_counting
 from dtpvit.encoder.ops.segments import Segments, pool_segments
 from dtpvit.encoder.reducers import (
     DynamicPooling,
+    DynamicViT,
     Evidence,
     EViT,
     FixedStride,
@@ -42,6 +43,7 @@ ENCODERS = {
     "tome": {"reducers": {block: lambda dim: ToMe(dim, r=7) for block in range(3)}},
     "evit": {"reducers": {block: lambda dim: EViT(dim, keep=0.6) for block in range(3)}},
     "top-k": {"reducers": {block: lambda dim: TopK(dim, keep=0.6) for block in range(3)}},
+    "dynamic-vit": {"reducers": {block: lambda dim: DynamicViT(dim, keep=0.3) for block in (0, 2)}},
     "random": {"reducers": {1: lambda dim: RandomBoundaries(dim, compression=4, budget="fixed")}},
 }
 
@@ -98,7 +100,7 @@ def check_compiled(arguments, backend, **compiling):
         torch.testing.assert_close(compiled(images).pooled, twin(images).pooled, rtol=0, atol=1e-5)
 
 
-QUICK = ("fixed", "symmetric", "random", "tome", "evit")
+QUICK = ("fixed", "symmetric", "random", "tome", "evit", "dynamic-vit")
 
 
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in ENCODERS])

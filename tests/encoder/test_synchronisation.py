@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dtpvit.encoder import DualEncoder, VisionEncoder, VisualTower
 from dtpvit.encoder.reducers import (
     DynamicPooling,
+    DynamicViT,
     EViT,
     FixedStride,
     GridPooling,
@@ -79,10 +80,12 @@ def encoder(reducers):
         ({1: DynamicPooling(32, compression=2), 2: ToMe(32, r=3), 3: ToMe(32, r=3)}, 1),
         ({0: EViT(32, keep=0.5), 1: TopK(32, keep=0.5), 2: TopK(32, keep=0.5, score="random")}, 0),
         ({1: DynamicPooling(32, compression=2), 2: EViT(32, keep=0.5), 3: TopK(32, keep=0.5)}, 1),
+        ({0: DynamicViT(32, keep=0.5), 1: DynamicViT(32, keep=0.3)}, 0),
+        ({1: DynamicPooling(32, compression=2), 2: DynamicViT(32, keep=0.3)}, 1),
     ],
     ids=(
         ["dense", "dynamic", "cosine", "twice", "fixed budget", "stride", "grid", "random", "tome", "tome, ragged"]
-        + ["selection", "selection, ragged"]
+        + ["selection", "selection, ragged", "masks", "masks, ragged"]
     ),
 )
 def test_one_wait_a_reducer(reducers, expected, training):

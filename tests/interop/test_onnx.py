@@ -11,6 +11,7 @@ from dtpvit.cli import main
 from dtpvit.encoder import VisionEncoder
 from dtpvit.encoder.reducers import (
     DynamicPooling,
+    DynamicViT,
     EViT,
     FixedStride,
     GridPooling,
@@ -38,6 +39,7 @@ ENCODERS = {
     "tome": {"reducers": {block: lambda dim: ToMe(dim, r=7) for block in range(3)}},
     "evit": {"reducers": {block: lambda dim: EViT(dim, keep=0.6) for block in range(3)}},
     "top-k": {"reducers": {block: lambda dim: TopK(dim, keep=0.6) for block in range(3)}},
+    "dynamic-vit": {"reducers": {block: lambda dim: DynamicViT(dim, keep=0.3) for block in (0, 2)}},
     "grid": {"reducers": {1: GridPooling}, "image_size": (48, 40), "act": "quick_gelu"},
 }
 
@@ -59,7 +61,7 @@ def run(path, images):
     return torch.from_numpy(session.run(["features"], {"images": images.numpy()})[0])
 
 
-QUICK = ("fixed", "grid", "tome", "evit")
+QUICK = ("fixed", "grid", "tome", "evit", "dynamic-vit")
 
 
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in ENCODERS])

@@ -66,6 +66,21 @@ def test_a_pooled_student_learns_from_a_dense_teacher_and_keeps_no_part_of_it(ta
     assert set(module.state_dict()) == set(module.model.state_dict())
 
 
+def test_tokens_are_masked_in_training_and_removed_in_validation(taught_by):
+    reducer = {"class_path": "DynamicViT", "init_args": {"stages": 2}, "each": {"keep": [0.5, 0.25]}}
+    module = labelled.task(
+        model=labelled.config(reducers={"1,2": reducer}),
+        teacher={**taught_by, "tokens": "mse", "tokens_weight": 0.5},
+        predictor_lr_scale=100.0,
+        learning_rate=1e-5,
+    )
+    before = {name: value.clone() for name, value in module.model.named_parameters()}
+    figures = labelled.fit(module)
+    assert (figures["train/tokens"], figures["val/tokens"]) == (65, 17)
+    assert figures["train/distill_tokens"] > 0 and figures["train/block1/ratio"] > 0 < figures["train/block2/ratio"]
+    assert {name for name in before if "reducers" in name} <= labelled.changed(module, before)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -4,11 +4,13 @@ from dtpvit.encoder.evidence import Evidence
 from dtpvit.encoder.reducers.base import Reduction, TokenReducer
 from dtpvit.encoder.reducers.controls import FixedStride, GridPooling, RandomBoundaries
 from dtpvit.encoder.reducers.dynamic_pooling import DynamicPooling
+from dtpvit.encoder.reducers.dynamic_vit import DynamicViT
 from dtpvit.encoder.reducers.evit import EViT, TopK
 from dtpvit.encoder.reducers.tome import ToMe
 
 __all__ = [
     "DynamicPooling",
+    "DynamicViT",
     "EViT",
     "Evidence",
     "FixedStride",

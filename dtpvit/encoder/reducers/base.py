@@ -42,6 +42,7 @@ class TokenReducer(nn.Module, ABC):
         needs: What of its block's attention it goes by; only a reducer inside a block can have it.
         drops: Whether patches may be lost.
         averages: Whether a token is the weighted mean of the patches whose source names it.
+        masks: Whether tokens are masked in training and removed in evaluation, so that only training teaches.
         draws: When it makes random choices, as a function of ``tokens.seed``.
         fixed: Whether images of equal length keep equally many tokens, so that shapes are static.
     """
@@ -50,6 +51,7 @@ class TokenReducer(nn.Module, ABC):
     needs: frozenset[Need] = frozenset()
     drops: bool = False
     averages: bool = True
+    masks: bool = False
     draws: Literal["never", "training", "always"] = "never"
     fixed: bool = False
 
