@@ -71,7 +71,7 @@ def enter(
         if reducer.place == "keys":
             found = block.attn.towards(normed.features, came, fewer)
         else:
-            found = block.attn(fewer.features, fewer.layout, fewer.key_bias)[0]
+            found = block.attn(fewer.features, fewer.layout, fewer.key_bias, policy=fewer.policy)[0]
             found = found if restore is None else restore(found)
         return block.feed_forward(block.add(tokens, found))
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dtpvit.encoder.evidence import Evidence, Need
 from dtpvit.encoder.layout import Layout
 from dtpvit.encoder.ops.attention import class_attention, cross_attention, packed_attention
+from dtpvit.encoder.ops.policy import policy_attention
 from dtpvit.encoder.tokens import Tokens
 
 __all__ = [
@@ -84,14 +85,23 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(
-        self, x: Tensor, layout: Layout, key_bias: Tensor | None = None, needs: frozenset[Need] = frozenset()
+        self,
+        x: Tensor,
+        layout: Layout,
+        key_bias: Tensor | None = None,
+        needs: frozenset[Need] = frozenset(),
+        policy: Tensor | None = None,
     ) -> tuple[Tensor, Evidence]:
         qkv = self.qkv(x).unflatten(1, (3, self.num_heads, -1))
         evidence = Evidence(
             keys=qkv[:, 1].float().mean(1) if "keys" in needs else None,
             class_attention=class_attention(qkv, layout, key_bias) if "class_attention" in needs else None,
         )
-        return self.proj(packed_attention(qkv, layout, key_bias=key_bias).flatten(1)), evidence
+        if policy is None:
+            mixed = packed_attention(qkv, layout, key_bias=key_bias)
+        else:
+            mixed = policy_attention(qkv, layout, policy, key_bias=key_bias)
+        return self.proj(mixed.flatten(1)), evidence
 
     def towards(self, x: Tensor, layout: Layout, keys: Tokens) -> Tensor:
         """What each token finds among ``keys``, from which alone keys and values come: (T, D) to (T, D)."""
@@ -139,7 +149,8 @@ class Block(nn.Module):
 
     def attend(self, tokens: Tokens, needs: frozenset[Need] = frozenset()) -> tuple[Tokens, Evidence]:
         """The attention half, residual included, and what a reducer needs to know of it."""
-        mixed, evidence = self.attn(self.norm1(tokens.features), tokens.layout, tokens.key_bias, needs)
+        x, layout = self.norm1(tokens.features), tokens.layout
+        mixed, evidence = self.attn(x, layout, tokens.key_bias, needs, tokens.policy)
         return self.add(tokens, mixed), evidence
 
     def feed_forward(self, tokens: Tokens) -> Tokens:

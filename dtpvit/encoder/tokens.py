@@ -29,6 +29,8 @@ class Tokens:
         grid: Rows and columns while the tokens still form one grid, else None.
         seed: One int64 an image from which every random choice about that image follows, shape (B,), or None.
         key_bias: Added to the attention logits of each key by later blocks, float32, shape (T,), or None.
+        policy: For training where tokens are masked instead of removed: 1 for those that the others see, 0 for those
+            that only see themselves, differentiable, float32, shape (T,); None where all are seen.
     """
 
     features: Tensor
@@ -39,6 +41,7 @@ class Tokens:
     grid: tuple[int, int] | None = None
     seed: Tensor | None = None
     key_bias: Tensor | None = None
+    policy: Tensor | None = None
 
     @classmethod
     def from_dense(
@@ -74,24 +77,29 @@ class Tokens:
     def regrouped(
         self, features: Tensor, destination: Tensor, layout: Layout, size: Tensor, *, proportional: bool
     ) -> Tokens:
-        """What is left once every token went into one of fewer.
+        """What is left once every token was dropped or went into one of fewer.
 
         Args:
             features: Of those left, shape (S, D).
-            destination: Row among them that each token went into, int64, shape (T,).
+            destination: Row among them that each token went into (-1: dropped), int64, shape (T,).
             layout: Of those left.
             size: Patches that each of them stands for, shape (S,).
             proportional: Whether later blocks weigh a token by its patches, adding the logarithm on its key.
+
+        Raises:
+            ValueError: If tokens are masked.
         """
+        if self.policy is not None:
+            raise ValueError("tokens that are masked in training cannot be merged or removed; use DynamicViT alone")
         image = self.patches.image
-        token = self.layout.first[image] + self.num_prefix + self.source.clamp(min=0)
-        place = destination[token] - layout.first[image] - layout.num_prefix
+        row = destination[self._token_of_patch()]
+        place = row - layout.first[image] - layout.num_prefix
         return replace(
             self,
             features=features,
             layout=layout,
             size=size,
-            source=torch.where(self.source < 0, self.source, place),
+            source=place.masked_fill((self.source < 0) | (row < 0), -1),
             grid=None,
             key_bias=size.log() if proportional else None,
         )
@@ -102,7 +110,10 @@ class Tokens:
         features = self.features.split(lengths)
         sizes = self.size.split(lengths)
         sources = self.source.split(patches)
-        biases = [None] * len(lengths) if self.key_bias is None else self.key_bias.split(lengths)
+        biases, policies = (
+            [None] * len(lengths) if values is None else values.split(lengths)
+            for values in (self.key_bias, self.policy)
+        )
         return [
             Tokens(
                 features=features[i],
@@ -113,6 +124,7 @@ class Tokens:
                 grid=self.grid,
                 seed=None if self.seed is None else self.seed[i : i + 1],
                 key_bias=biases[i],
+                policy=policies[i],
             )
             for i, length in enumerate(lengths)
         ]
@@ -123,10 +135,17 @@ class Tokens:
         Returns:
             Shape (P, D); a dropped patch gets zeros.
         """
-        patch_image = self.patches.image
-        index = self.layout.first[patch_image] + self.num_prefix + self.source.clamp(min=0)
-        spread = self.features.index_select(0, index)
+        spread = self.features.index_select(0, self._token_of_patch())
         return spread.masked_fill((self.source < 0)[:, None], 0.0)
+
+    def kept_patches(self) -> Tensor:
+        """Whether each original patch is in a token that was neither dropped nor masked, bool, shape (P,)."""
+        kept = self.source >= 0
+        return kept if self.policy is None else kept & (self.policy[self._token_of_patch()] > 0.5)
+
+    def _token_of_patch(self) -> Tensor:
+        """Packed token of each original patch, int64, shape (P,); an image's first where the patch was dropped."""
+        return self.layout.first[self.patches.image] + self.num_prefix + self.source.clamp(min=0)
 
     def prefix_features(self) -> Tensor:
         """The class and register tokens, shape (B, num_prefix, D)."""

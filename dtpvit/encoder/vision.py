@@ -221,7 +221,8 @@ class VisionEncoder(nn.Module):
         if self.readout == "class":
             return tokens.prefix_features()[:, 0]
         weight = tokens.size.masked_fill(layout.prefix, 0.0)
-        total = torch.zeros(layout.batch, device=weight.device).index_add_(0, layout.image, weight)
+        weight = weight if tokens.policy is None else weight * tokens.policy
+        total = torch.zeros(layout.batch, device=weight.device).index_add_(0, layout.image, weight.detach())
         images = Segments(layout.image, layout.first, None, layout.opening, weight, total.clamp(min=1.0))
         if torch.compiler.is_exporting():
             return means_by_product(tokens.features, images, layout.batch)

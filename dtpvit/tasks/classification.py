@@ -63,7 +63,8 @@ class Classification(ImageTask):
         optimizer: A name of timm's optimizers.
         layer_decay: Factor on the learning rate from each block to the one before it.
         predictor_lr_scale: Learning rate of the reducers over that of the head.
-        compression_warmup: Steps over which the compression of the reducers rises linearly from 1 to its target.
+        compression_warmup: Steps over which the reducers go from keeping everything to their target, compression
+            linearly, a keep rate along half a cosine.
         label_smoothing: Share of the target spread over all classes.
         binary_cross_entropy: Each class a question of its own (Wightman et al., "ResNet strikes back", 2021).
         mixing: Mixup, CutMix and random erasing, arguments of :class:`dtpvit.tasks.mixing.Mixing`.

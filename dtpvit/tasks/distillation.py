@@ -52,9 +52,10 @@ def logits_loss(student: Tensor, teacher: Tensor, kind: LogitsLoss, temperature:
 def tokens_loss(student: Tokens, teacher: Tokens, kind: TokensLoss) -> Tensor:
     """Distance of the student's tokens, spread back to the patches they stand for, to the teacher's, a scalar.
 
-    ``"cosine"``: 1 - cosine; ``"mse"``: squared difference; mean over the patches that the student did not drop.
+    ``"cosine"``: 1 - cosine; ``"mse"``: squared difference; mean over the patches that the student neither
+    dropped nor masked.
     """
-    kept = (student.source >= 0).float()
+    kept = student.kept_patches().float()
     ours, theirs = student.unpool().float(), teacher.unpool().float()
     if kind == "cosine":
         distance = 1 - cosine_similarity(ours, theirs, dim=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal, get_args
 
 from torch import nn
@@ -9,6 +10,7 @@ from torch import nn
 from dtpvit.encoder import VisionEncoder
 from dtpvit.encoder.reducers import GridPooling
 from dtpvit.encoder.reducers.boundary_pooling import BoundaryPooling
+from dtpvit.encoder.reducers.selection import TokenSelection
 from dtpvit.errors import UserError
 from dtpvit.interop.timm_models import TimmVisionEncoder
 
@@ -58,13 +60,14 @@ _LEARNING: dict[str, tuple[str, ...]] = {
 
 
 class CompressionWarmup:
-    """Moves the compression of every reducer linearly from 1 to its target.
+    """Moves every reducer from keeping all tokens to its target: compression linearly, a keep rate along half a cosine.
 
-    A function of the step alone, so that a resumed run is where it would have been. Reducers whose rate is their
-    window's (:class:`dtpvit.encoder.reducers.GridPooling`) have none to move.
+    Keep rates have the curve of EViT (Liang et al. 2022). A function of the step alone, so that a resumed run is where
+    it would have been. Reducers whose rate is their window's (:class:`dtpvit.encoder.reducers.GridPooling`), or a
+    number of tokens, have none to move.
 
     Args:
-        model: The encoder; its reducers' compression of now is the target.
+        model: The encoder; its reducers' rates of now are the targets.
         steps: Optimizer steps until the target; 0 leaves everything as it is.
 
     Raises:
@@ -75,17 +78,25 @@ class CompressionWarmup:
         if steps < 0:
             raise UserError(f"compression_warmup is {steps}; expected a number of steps, at least 0")
         self.steps = steps
-        self._targets: list[tuple[BoundaryPooling, float]] = [
+        self._pooling: list[tuple[BoundaryPooling, float]] = [
             (module, module.compression)
             for module in model.modules()
             if isinstance(module, BoundaryPooling) and not isinstance(module, GridPooling)
         ]
-        if steps and not self._targets:
-            raise UserError(f"compression_warmup is {steps}, and no reducer has a compression; leave it at 0")
+        self._selecting: list[tuple[TokenSelection, float]] = [
+            (module, module.keep) for module in model.modules() if isinstance(module, TokenSelection)
+        ]
+        if steps and not self._pooling and not self._selecting:
+            raise UserError(
+                f"compression_warmup is {steps}, and no reducer has a compression or a keep rate; leave it at 0"
+            )
 
     def set(self, step: int) -> None:
-        """Choose the compression of optimizer step ``step``, counted from 0."""
+        """Choose the rates of optimizer step ``step``, counted from 0."""
         if not self.steps:
             return
-        for reducer, target in self._targets:
-            reducer.compression = 1 + (target - 1) * min(1.0, step / self.steps)
+        progress = min(1.0, step / self.steps)
+        for reducer, target in self._pooling:
+            reducer.compression = 1 + (target - 1) * progress
+        for reducer, target in self._selecting:
+            reducer.keep = target + (1 - target) * 0.5 * (1 + math.cos(math.pi * progress))

@@ -11,7 +11,9 @@ from dtpvit.encoder.layers import Block
 from dtpvit.encoder.reducers import (
     DToMe,
     DynamicPooling,
+    DynamicViT,
     Evidence,
+    EViT,
     FixedStride,
     GridPooling,
     PiToMe,
@@ -20,6 +22,7 @@ from dtpvit.encoder.reducers import (
     TokenLearner,
     ToMe,
     ToMeSD,
+    TopK,
 )
 from dtpvit.encoder.reducers.boundary_pooling import BoundaryPooling
 
@@ -85,6 +88,11 @@ REDUCERS = [
     pytest.param(lambda c: PiToMe(D, r=0 if c == 1 else 9), id="pitome"),
     pytest.param(lambda c: DToMe(D, r=0 if c == 1 else 9), id="dtome"),
     pytest.param(lambda c: PiToMe(D, ratio=1 if c == 1 else 0.7, protect=False), id="pitome-unprotected"),
+    pytest.param(lambda c: DynamicViT(D, keep=1 / c), id="dynamic-vit"),
+    pytest.param(lambda c: EViT(D, keep=1 / c), id="evit"),
+    pytest.param(lambda c: TopK(D, keep=1 / c), id="top-k"),
+    pytest.param(lambda c: TopK(D, keep=1 / c, score="norm"), id="top-k-norm"),
+    pytest.param(lambda c: TopK(D, keep=1 / c, score="random"), id="top-k-random"),
 ]
 NOMINAL = {
     GridPooling: 9 / 30,
@@ -93,6 +101,7 @@ NOMINAL = {
     ToDo: 6 / 30,
     PiToMe: 21 / 30,
     DToMe: 21 / 30,
+    EViT: 9 / 30,
 }  # rate asked for here, of those that cannot have 1 / 4 at once
 
 
@@ -204,21 +213,23 @@ def test_features_are_the_means_that_source_describes(reducer):
         return
     for before, after in zip(tokens.split(), out.split(), strict=True):
         patches, weights = before.features[PREFIX:], weights_of(reducer, before)
-        for index in range(len(after.size) - after.num_prefix):
+        for index in range(len(after.size) - after.num_prefix if reducer.averages else 0):
             mine = after.source == index
             mean = (patches[mine] * weights[mine, None]).sum(0) / weights[mine].sum()
             torch.testing.assert_close(after.features[after.num_prefix + index], mean)
 
 
 def test_the_task_s_gradient_reaches_every_parameter(make):
-    taught_otherwise = getattr(make(4), "imitate", False)  # by exact segments, which there are in training only
-    for mode in (True,) if taught_otherwise else (True, False):
+    # By exact segments, which there are in training only, or by what masked tokens would have been worth.
+    in_training_only = getattr(make(4), "imitate", False) or make(4).masks
+    for mode in (True,) if in_training_only else (True, False):
         reducer = make(4).train(mode)
         tokens = dense_tokens(32)
         features = tokens.features.requires_grad_()
         out = reducer(*given(reducer, tokens))
-        found = out.tokens.features if out.restore is None else out.restore(out.tokens.features)
-        task = (found * torch.randn_like(found)).sum()
+        made = out.tokens.features if out.restore is None else out.restore(out.tokens.features)
+        made = block()(out.tokens).features if reducer.masks else made
+        task = (made * torch.randn_like(made)).sum()
         torch.stack([task, *out.losses.values()]).sum().backward()
         assert features.grad.isfinite().all() and features.grad.any()
         for name, parameter in reducer.named_parameters():
@@ -245,7 +256,7 @@ def test_the_nominal_rate_is_kept_at_initialisation(make):
         rate = float((out.lengths - out.num_prefix).sum() / (256 * GRID[0] * GRID[1]))
         # A rate loss only pulls in training; at initialisation its bias alone is right on average.
         steered = getattr(reducer, "rate", "quantile") != "quantile" and mode
-        nominal = NOMINAL.get(type(reducer), 0.25)
+        nominal = 1.0 if reducer.masks and mode else NOMINAL.get(type(reducer), 0.25)
         assert abs(rate - nominal) < (0.06 if steered else 0.02), (mode, rate)
 
 
@@ -282,8 +293,7 @@ def starts_of(tokens):
 
 def test_names_of_predictors_say_boundary(make):
     reducer = make(4)
-    if isinstance(reducer, BoundaryPooling):
-        assert all("boundary" in name for name in reducer.state_dict())
+    assert not isinstance(reducer, BoundaryPooling) or all("boundary" in name for name in reducer.state_dict())
 
 
 def test_hierarchy_and_order_of_the_line():

@@ -13,7 +13,9 @@ from dtpvit.encoder.ops.exportable import means_by_product, ranks_by_counting
 from dtpvit.encoder.ops.segments import Segments, pool_segments
 from dtpvit.encoder.reducers import (
     DynamicPooling,
+    DynamicViT,
     Evidence,
+    EViT,
     FixedStride,
     GridPooling,
     PiToMe,
@@ -22,6 +24,7 @@ from dtpvit.encoder.reducers import (
     TokenLearner,
     ToMe,
     ToMeSD,
+    TopK,
 )
 
 
@@ -47,6 +50,9 @@ ENCODERS = {
     "grid": {"reducers": {1: GridPooling}},
     "tome": {"reducers": {block: lambda dim: ToMe(dim, r=7) for block in range(3)}},
     "pitome": {"reducers": {0: lambda dim: PiToMe(dim, r=7), 1: lambda dim: PiToMe(dim, ratio=0.8, protect=False)}},
+    "evit": {"reducers": {block: lambda dim: EViT(dim, keep=0.6) for block in range(3)}},
+    "top-k": {"reducers": {block: lambda dim: TopK(dim, keep=0.6) for block in range(3)}},
+    "dynamic-vit": {"reducers": {block: lambda dim: DynamicViT(dim, keep=0.3) for block in (0, 2)}},
     "random": {"reducers": {1: lambda dim: RandomBoundaries(dim, compression=4, budget="fixed")}},
     "tomesd": {"reducers": {block: lambda dim: ToMeSD(dim, ratio=0.5, random=True) for block in range(3)}},
     "todo": {"reducers": {0: ToDo, 1: lambda dim: ToDo(dim, method="max_pool"), 2: lambda dim: ToDo(dim, factor=3)}},
@@ -107,7 +113,7 @@ def check_compiled(arguments, backend, **compiling):
         torch.testing.assert_close(compiled(images).pooled, twin(images).pooled, rtol=0, atol=1e-5)
 
 
-QUICK = ("fixed", "symmetric", "random", "tome", "pitome", "tomesd", "token fuser")
+QUICK = ("fixed", "symmetric", "random", "tome", "pitome", "tomesd", "token fuser", "evit", "dynamic-vit")
 
 
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in ENCODERS])

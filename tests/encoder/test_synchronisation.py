@@ -9,6 +9,8 @@ from dtpvit.encoder import DualEncoder, VisionEncoder, VisualTower
 from dtpvit.encoder.reducers import (
     DToMe,
     DynamicPooling,
+    DynamicViT,
+    EViT,
     FixedStride,
     GridPooling,
     PiToMe,
@@ -17,6 +19,7 @@ from dtpvit.encoder.reducers import (
     TokenLearner,
     ToMe,
     ToMeSD,
+    TopK,
 )
 
 _READS = {"tolist", "item", "__bool__", "__int__", "__float__", "__index__", "numpy"}
@@ -89,10 +92,15 @@ def learner(**options):
         ({0: PiToMe(32, r=9), 1: PiToMe(32, ratio=0.8, protect=False)}, 0),
         ({0: DToMe(32, r=9), 1: DToMe(32, r=9)}, 2),
         ({0: DToMe(32, r=9), 1: PiToMe(32, ratio=0.8)}, 1),
+        ({0: EViT(32, keep=0.5), 1: TopK(32, keep=0.5), 2: TopK(32, keep=0.5, score="random")}, 0),
+        ({1: DynamicPooling(32, compression=2), 2: EViT(32, keep=0.5), 3: TopK(32, keep=0.5)}, 1),
+        ({0: DynamicViT(32, keep=0.5), 1: DynamicViT(32, keep=0.3)}, 0),
+        ({1: DynamicPooling(32, compression=2), 2: DynamicViT(32, keep=0.3)}, 1),
     ],
     ids=[
         *["dense", "dynamic", "cosine", "twice", "fixed budget", "stride", "grid", "random", "tome", "tome, ragged"],
         *["restored", "token learner, ragged", "pitome", "dtome", "pitome, ragged"],
+        *["selection", "selection, ragged", "masks", "masks, ragged"],
     ],
 )
 def test_one_wait_a_reducer(reducers, expected, training):

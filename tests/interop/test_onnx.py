@@ -11,6 +11,8 @@ from dtpvit.cli import main
 from dtpvit.encoder import VisionEncoder
 from dtpvit.encoder.reducers import (
     DynamicPooling,
+    DynamicViT,
+    EViT,
     FixedStride,
     GridPooling,
     RandomBoundaries,
@@ -18,6 +20,7 @@ from dtpvit.encoder.reducers import (
     TokenLearner,
     ToMe,
     ToMeSD,
+    TopK,
 )
 from dtpvit.errors import UserError
 from dtpvit.interop import onnx_file
@@ -41,6 +44,9 @@ ENCODERS = {
     "todo": {"reducers": {0: ToDo, 1: lambda dim: ToDo(dim, method="max_pool"), 2: lambda dim: ToDo(dim, factor=3)}},
     "token learner": {"reducers": {1: lambda dim: TokenLearner(dim, num_tokens=5, version="1.0")}},
     "token fuser": {"reducers": {1: lambda dim: TokenLearner(dim, num_tokens=5, fuse=True)}},
+    "evit": {"reducers": {block: lambda dim: EViT(dim, keep=0.6) for block in range(3)}},
+    "top-k": {"reducers": {block: lambda dim: TopK(dim, keep=0.6) for block in range(3)}},
+    "dynamic-vit": {"reducers": {block: lambda dim: DynamicViT(dim, keep=0.3) for block in (0, 2)}},
     "grid": {"reducers": {1: GridPooling}, "image_size": (48, 40), "act": "quick_gelu"},
 }
 
@@ -62,7 +68,7 @@ def run(path, images):
     return torch.from_numpy(session.run(["features"], {"images": images.numpy()})[0])
 
 
-QUICK = ("fixed", "grid", "tome")
+QUICK = ("fixed", "grid", "tome", "evit", "dynamic-vit")
 
 
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in ENCODERS])

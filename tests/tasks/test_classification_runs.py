@@ -66,6 +66,21 @@ def test_a_pooled_student_learns_from_a_dense_teacher_and_keeps_no_part_of_it(ta
     assert set(module.state_dict()) == set(module.model.state_dict())
 
 
+def test_tokens_are_masked_in_training_and_removed_in_validation(taught_by):
+    reducer = {"class_path": "DynamicViT", "init_args": {"stages": 2}, "each": {"keep": [0.5, 0.25]}}
+    module = labelled.task(
+        model=labelled.config(reducers={"1,2": reducer}),
+        teacher={**taught_by, "tokens": "mse", "tokens_weight": 0.5},
+        predictor_lr_scale=100.0,
+        learning_rate=1e-5,
+    )
+    before = {name: value.clone() for name, value in module.model.named_parameters()}
+    figures = labelled.fit(module)
+    assert (figures["train/tokens"], figures["val/tokens"]) == (65, 17)
+    assert figures["train/distill_tokens"] > 0 and figures["train/block1/ratio"] > 0 < figures["train/block2/ratio"]
+    assert {name for name in before if "reducers" in name} <= labelled.changed(module, before)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -105,20 +120,27 @@ def test_layers_learn_at_decaying_rates_like_timm_s_and_the_predictor_at_its_own
 
 
 class Rates(labelled.L.Callback):
-    def __init__(self):
-        self.seen = []
+    def __init__(self, name):
+        self.name, self.seen = name, []
 
     def on_train_batch_end(self, trainer, module, *unused):
-        self.seen.append((trainer.global_step - 1, module.model.reducers["1"].compression))
+        self.seen.append((trainer.global_step - 1, getattr(module.model.reducers["1"], self.name)))
 
 
-def test_compression_rises_linearly_also_after_a_resume(tmp_path):
-    options = {"compression_warmup": 4}
-    first, second = Rates(), Rates()
+@pytest.mark.parametrize(
+    ("reducer", "name", "expected"),
+    [
+        ({"class_path": "DynamicPooling", "init_args": {"compression": 4}}, "compression", [1, 1.75, 2.5, 3.25, 4, 4]),
+        ({"class_path": "EViT", "init_args": {"keep": 0.5}}, "keep", [1, 0.926777, 0.75, 0.573223, 0.5, 0.5]),
+    ],
+)
+def test_rates_approach_their_target_also_after_a_resume(reducer, name, expected, tmp_path):
+    options = {"compression_warmup": 4, "model": labelled.config(reducers={1: reducer})}
+    first, second = Rates(name), Rates(name)
     with pytest.raises(labelled.Killed):
         labelled.fit(labelled.task(**options), callbacks=[first, labelled.Stop(tmp_path / "a.ckpt", 2)], max_epochs=2)
     labelled.fit(labelled.task(**options), ckpt_path=tmp_path / "a.ckpt", callbacks=[second], max_epochs=2)
-    assert first.seen + second.seen == [(0, 1.0), (1, 1.75), (2, 2.5), (3, 3.25), (4, 4.0), (5, 4.0)]
+    assert first.seen + second.seen == [(step, pytest.approx(rate)) for step, rate in enumerate(expected)]
 
 
 # Resuming, averages

@@ -100,7 +100,7 @@ def class_attention(qkv_T3HE: Tensor, layout: Layout, key_bias: Tensor | None = 
         key_bias: As in :func:`packed_attention`.
 
     Returns:
-        float32, shape (T,).
+        float32 or wider, shape (T,).
 
     Raises:
         ValueError: If the sequences have no class token.
@@ -110,8 +110,9 @@ def class_attention(qkv_T3HE: Tensor, layout: Layout, key_bias: Tensor | None = 
     q_BHE = qkv_T3HE[:, 0].index_select(0, layout.first)
     keys = qkv_T3HE[:, 1] if layout.uniform else take_rows(qkv_T3HE[:, 1], layout.padded, layout.unpadded)
     k_BNHE = keys.unflatten(0, (layout.batch, layout.longest))
-    with torch.autocast(keys.device.type, enabled=False):  # methods rank tokens by it
-        logits_BHN = torch.einsum("bhe,bnhe->bhn", q_BHE.float(), k_BNHE.float()) * q_BHE.shape[-1] ** -0.5
+    wide = torch.promote_types(keys.dtype, torch.float32)  # methods rank tokens by it
+    with torch.autocast(keys.device.type, enabled=False):
+        logits_BHN = torch.einsum("bhe,bnhe->bhn", q_BHE.to(wide), k_BNHE.to(wide)) * q_BHE.shape[-1] ** -0.5
     if key_bias is not None:
         logits_BHN = logits_BHN + key_bias[layout.padded].view(layout.batch, 1, layout.longest)
     row = logits_BHN.masked_fill(layout.padding[:, None], float("-inf")).softmax(-1).mean(1).flatten()

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from dtpvit.encoder.layout import Layout
-from dtpvit.encoder.ops.exportable import descending_ranks
+from dtpvit.encoder.ops.selection import rank_per_image
 
 __all__ = [
     "band_loss",
@@ -54,11 +54,8 @@ def top_per_image(scores: Tensor, opening: Tensor, layout: Layout, keep: Tensor)
     Returns:
         Taken places, bool, shape (T,).
     """
-    masked = scores.masked_fill(opening, float("inf"))
-    cells = masked[layout.padded].view(layout.batch, layout.longest).masked_fill(layout.padding, float("-inf"))
-    forced = layout.num_prefix + 1
-    taken = descending_ranks(cells) < (keep + forced)[:, None]
-    return taken.reshape(-1)[layout.unpadded] | opening
+    taken = rank_per_image(scores, opening, layout) < (keep + layout.num_prefix + 1)[layout.image]
+    return taken | opening
 
 
 def binomial_loss(counts: Tensor, lengths: Tensor, rate: float) -> Tensor:

@@ -5,6 +5,8 @@ from dtpvit.encoder.reducers.base import Reduction, TokenReducer
 from dtpvit.encoder.reducers.controls import FixedStride, GridPooling, RandomBoundaries
 from dtpvit.encoder.reducers.dtome import DToMe
 from dtpvit.encoder.reducers.dynamic_pooling import DynamicPooling
+from dtpvit.encoder.reducers.dynamic_vit import DynamicViT
+from dtpvit.encoder.reducers.evit import EViT, TopK
 from dtpvit.encoder.reducers.pitome import PiToMe
 from dtpvit.encoder.reducers.todo import ToDo
 from dtpvit.encoder.reducers.token_learner import TokenLearner
@@ -14,6 +16,8 @@ from dtpvit.encoder.reducers.tomesd import ToMeSD
 __all__ = [
     "DToMe",
     "DynamicPooling",
+    "DynamicViT",
+    "EViT",
     "Evidence",
     "FixedStride",
     "GridPooling",
@@ -25,4 +29,5 @@ __all__ = [
     "ToMeSD",
     "TokenLearner",
     "TokenReducer",
+    "TopK",
 ]

@@ -53,6 +53,7 @@ class TokenReducer(nn.Module, ABC):
         averages: Whether a token is the weighted mean of the patches whose source names it.
         soft: Whether a token draws on all patches of its image, so that none is ever handed on as it is; ``source``
             then names the token that draws on a patch most, and sizes are no whole numbers.
+        masks: Whether tokens are masked in training and removed in evaluation, so that only training teaches.
         draws: When it makes random choices, as a function of ``tokens.seed``.
         fixed: Whether images of equal length keep equally many tokens, so that shapes are static.
     """
@@ -63,6 +64,7 @@ class TokenReducer(nn.Module, ABC):
     drops: bool = False
     averages: bool = True
     soft: bool = False
+    masks: bool = False
     draws: Literal["never", "training", "always"] = "never"
     fixed: bool = False
 
