@@ -24,8 +24,6 @@ from dtpvit.datamodules.labelled import LabelledLoader
 from dtpvit.datamodules.labelled_index import index_labelled
 from dtpvit.datamodules.real_images import real_images
 from dtpvit.datamodules.transforms import eval_transform
-from dtpvit.encoder import VisionEncoder
-from dtpvit.encoder.reducers.routers import SensitivityWeights
 from dtpvit.errors import UserError
 from dtpvit.evaluation.agreement import Answers, answers, outcome, placed
 from dtpvit.evaluation.arguments import chosen_device
@@ -33,7 +31,7 @@ from dtpvit.evaluation.compared_rows import ComparedRow, read_rows
 from dtpvit.evaluation.measuring import alternate, machine, versions
 from dtpvit.evaluation.trade_off import ComparedResult, draw, shown, write
 from dtpvit.interop.pretrained import Pretrained, load_pretrained
-from dtpvit.tasks.sensitivity import fit_sensitivity
+from dtpvit.tasks.fitting import cross_fitted_answers, fit_reducers, has_to_fit
 
 __all__ = ["compare"]
 
@@ -67,8 +65,9 @@ def compare(
         init: Weights: a file, or a tag; what timm or open_clip download where it is left out.
         mean: Channel means on [0, 1]; those of timm's or open_clip's model if left out.
         std: Channel standard deviations, likewise.
-        fit: Unlabelled images, others than those compared on, on which rows with something to fit set their thresholds
-            and the weights of their tokens.
+        fit: Unlabelled images, others than those compared on, on which rows with something to fit settle their
+            thresholds and the weights of their tokens; or "halves": for each half of the images, every other one, the
+            other half. Without it thresholds are nominal counts and all tokens count the same.
         limit: Use this many images, evenly spaced; of those to fit on at most as many.
         batch_size: Images at a time.
         crop_pct: Share of the short side that the evaluation crop keeps; timm's for the model if left out.
@@ -97,7 +96,8 @@ def compare(
     known = get_pretrained_cfg(model)
     crop = crop_pct or (1.0 if known is None or dense.is_clip else known.crop_pct)
     pixels, labels = _images(images, dense, limit, crop)
-    fitted = None if fit is None else real_images(fit, limit, _transform(dense, crop), least=1)[0]
+    apart = fit not in (None, "halves")
+    fitted = real_images(str(fit), limit, _transform(dense, crop), least=1)[0] if apart else fit
     about = {"model": model, "init": init, "images": images, "count": len(pixels), "crop_pct": crop, "fit": fit}
     about |= {"batch_size": batch_size, "rounds": rounds, "seed": seed, "machine": machine(place)}
     work = _Comparison(dense, pixels, labels, fitted, batch_size, rounds, seed, place)
@@ -155,7 +155,7 @@ class _Comparison:
     dense: Pretrained
     images: Tensor
     labels: Tensor | None
-    fitted: Tensor | None
+    fitted: Tensor | str | None
     batch_size: int
     rounds: int
     seed: int
@@ -163,12 +163,9 @@ class _Comparison:
     reference: Answers | None = None
 
     def __call__(self, row: ComparedRow, candidate: Pretrained) -> ComparedResult:
-        batches = self.images.split(self.batch_size)
+        found = self._answers(candidate)
         if self.reference is None:
-            self.reference = answers(self.dense, batches, self.device)
-        torch.manual_seed(self.seed)
-        self._fit(candidate)
-        found = answers(candidate, batches, self.device)
+            self.reference = self._answers(self.dense)
         against = outcome(found, self.reference, classes=self.labels is not None, labels=self.labels)
         speed, ratio = self._speed(candidate)
         return ComparedResult(
@@ -186,20 +183,14 @@ class _Comparison:
             **self._accuracy(found, self.reference),
         )
 
-    def _fit(self, candidate: Pretrained) -> None:
-        if self.fitted is None or not candidate.trunk.reducers:
-            return
-        trunk, batches = candidate.trunk.to(self.device), self.fitted.split(self.batch_size)
-        pixels = [candidate.normalise(batch.to(self.device)) for batch in batches]
-        if any(isinstance(module, SensitivityWeights) for module in trunk.modules()):
-            generator = torch.Generator(self.device).manual_seed(self.seed)
-            head = candidate.head
-            fit_sensitivity(trunk, pixels, head=head, classes=candidate.num_classes > 0, generator=generator)
-        trunk.reducers.train()  # thresholds follow what a reducer sees in training
-        with torch.no_grad():
-            for batch in pixels:
-                VisionEncoder.forward(trunk, batch)
-        trunk.eval()
+    def _answers(self, candidate: Pretrained) -> Answers:
+        options: dict[str, Any] = {"batch_size": self.batch_size, "device": self.device, "seed": self.seed}
+        if self.fitted is not None and has_to_fit(candidate):
+            if self.fitted == "halves":
+                return cross_fitted_answers(candidate, self.images, **options)
+            assert isinstance(self.fitted, Tensor)
+            fit_reducers(candidate, self.fitted, **options)
+        return answers(candidate, self.images.split(self.batch_size), self.device)
 
     def _accuracy(self, found: Answers, dense: Answers) -> dict[str, float | None]:
         if self.labels is None:

@@ -2,15 +2,21 @@
 
 import csv
 import json
+from pathlib import Path
 
 import open_clip
 import pytest
 import timm
 import torch
 from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor
 
 from dtpvit.cli import main
+from dtpvit.evaluation.agreement import answers
 from dtpvit.evaluation.compared_rows import read_rows
+from dtpvit.interop.create import create_encoder
+from dtpvit.interop.pretrained import load_pretrained
+from dtpvit.tasks.fitting import cross_fitted_answers, fit_reducers, has_to_fit
 
 MODEL = "vit_tiny_patch32_224"
 TABLE = """
@@ -90,7 +96,7 @@ def test_accuracy_is_that_of_the_dense_model(project, inside, tmp_path):
     theirs.load_state_dict(torch.load("vit.pt"))
     right = []
     for path in sorted(project.glob("images/*/*.png")):
-        image = torch.tensor(list(Image.open(path).tobytes()), dtype=torch.float32).view(224, 224, 3).permute(2, 0, 1)
+        image = pil_to_tensor(Image.open(path)).float()
         mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
         with torch.no_grad():
             right.append(theirs(((image / 255 - mean) / std)[None]).argmax().item() == "abc".index(path.parent.name))
@@ -130,3 +136,27 @@ def test_rows_that_are_none_are_refused(tmp_path):
         (tmp_path / "rows.yaml").write_text(content)
         with pytest.raises(Exception, match=sentence):
             read_rows([str(tmp_path / "rows.yaml")])
+
+
+def test_what_is_fitted_on_halves_never_saw_the_images_it_answers(project, inside):
+    """Against fitting and evaluating each half by hand; and a row without anything to fit is left alone."""
+    spec = {0: {"class_path": "DToMe", "init_args": {"r": 9}}, 3: read_rows(["pooling.yaml"])[1].reducers[3]}
+    pixels = torch.stack([pil_to_tensor(Image.open(path)) for path in sorted(project.glob("images/*/*.png"))])
+    options = {"batch_size": 4, "device": "cpu", "seed": 3}
+    found = cross_fitted_answers(load_pretrained(MODEL, "vit.pt", spec), pixels, **options)
+    for half in (0, 1):
+        alone = load_pretrained(MODEL, "vit.pt", spec)
+        assert has_to_fit(alone)
+        fit_reducers(alone, pixels[1 - half :: 2], **options)
+        expected = answers(alone, [pixels[half::2]], "cpu")
+        torch.testing.assert_close(found.outputs[half::2], expected.outputs)
+        assert torch.equal(found.tokens[half::2], expected.tokens)
+    assert len(found.tokens.unique()) > 1
+    assert not has_to_fit(load_pretrained(MODEL, "vit.pt", read_rows(["table.yaml"])[1].reducers))
+
+
+def test_the_table_that_comes_along_builds():
+    rows = read_rows([str(Path(__file__).parents[2] / "configs" / "compare" / "untrained.yaml")])
+    assert len(rows) > 30
+    for row in rows:
+        create_encoder("vit_tiny_patch16_224", reducers=row.reducers)
