@@ -54,15 +54,21 @@ class ComparedResult:
 def shown(results: Sequence[ComparedResult]) -> Table:
     """A table for people."""
     table = Table(box=None, pad_edge=False, header_style="bold")
+    titles, rows = _columns(results)
+    for place, title in enumerate(titles):
+        table.add_column(title, justify="right" if place else "left")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _columns(results: Sequence[ComparedResult]) -> tuple[list[str], list[list[str]]]:
+    """Titles and cells, without the columns that nobody fills."""
     titles = ["", "top-1, %", "top-5, %", "against dense", "same class, %", "divergence"]
     titles += ["GMACs", "decision", "tokens", "images/s", "speed-up", "efficiency"]
     rows = [_cells(result) for result in results]
     used = [place for place in range(len(titles)) if place == 0 or any(row[place] for row in rows)]
-    for place in used:
-        table.add_column(titles[place], justify="right" if place else "left")
-    for row in rows:
-        table.add_row(*(row[place] for place in used))
-    return table
+    return [titles[place] for place in used], [[row[place] for place in used] for row in rows]
 
 
 def _cells(result: ComparedResult) -> list[str]:
@@ -79,11 +85,14 @@ def _cells(result: ComparedResult) -> list[str]:
 
 
 def write(results: Sequence[ComparedResult], about: Mapping[str, Any], folder: Path) -> None:
-    """Write ``comparison.csv`` and ``comparison.json``, the latter with what was run, on what and when."""
+    """Write ``comparison.csv``, ``comparison.md``, and ``comparison.json`` with what was run, on what and when."""
     with (folder / "comparison.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(ComparedResult)])
         writer.writeheader()
         writer.writerows(asdict(result) for result in results)
+    titles, rows = _columns(results)
+    lines = ["| " + " | ".join(cells) + " |" for cells in (titles, ["---", *["---:"] * (len(titles) - 1)], *rows)]
+    (folder / "comparison.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     record = {**about, "rows": [asdict(result) for result in results]}
     (folder / "comparison.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 

@@ -55,7 +55,7 @@ def compare(
     """Accuracy, cost and speed of a pretrained model with its tokens reduced in several ways, nothing trained.
 
     Each row is kept in OUT/rows as soon as it is known: the same command goes on where it was stopped. Writes
-    comparison.csv, comparison.json, comparison.png and comparison.svg.
+    comparison.md, .csv, .json, .png and .svg.
 
     Args:
         reducers: YAML files that map blocks to reducers, such as configs/reducers/tome.yaml, or hold several such rows
@@ -223,8 +223,8 @@ def _report(results: Sequence[ComparedResult], about: dict[str, Any], folder: Pa
     pictures = [folder / "comparison.png", folder / "comparison.svg"]
     try:
         draw(results, pictures)
-        wrote = "comparison.csv, .json, .png and .svg"
+        wrote = "comparison.md, .csv, .json, .png and .svg"
     except ImportError:
-        wrote = "comparison.csv and .json; for the picture too, pip install dtpvit[plot]"
+        wrote = "comparison.md, .csv and .json; for the picture too, pip install dtpvit[plot]"
     print(f"\n{count} images, {about['machine']}, fp32. ± is one standard error over images in pairs.")
     print(f"dtpvit: wrote {folder}: {wrote}")

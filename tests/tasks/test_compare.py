@@ -69,6 +69,8 @@ def test_every_row_is_written_and_not_computed_twice(project, inside, tmp_path, 
     with (tmp_path / "found" / "comparison.csv").open() as file:
         table = list(csv.DictReader(file))
     assert [row["series"] for row in table] == ["dense", "merging", "merging", "pooling"]
+    page = (tmp_path / "found" / "comparison.md").read_text().splitlines()
+    assert len(page) == 6 and page[3].startswith("| merging, r 2 | ") and len({line.count("|") for line in page}) == 1
     dense, two, four, _ = record["rows"]
     theirs = timm.create_model("vit_tiny_patch16_224", num_classes=3, patch_size=32)
     assert dense["agreement"] == 1 and dense["change"] == 0 and dense["gmacs"] == pytest.approx(macs(theirs), rel=1e-6)
