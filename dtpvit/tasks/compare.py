@@ -31,6 +31,7 @@ from dtpvit.evaluation.compared_rows import ComparedRow, read_rows
 from dtpvit.evaluation.measuring import alternate, machine, versions
 from dtpvit.evaluation.trade_off import ComparedResult, draw, shown, write
 from dtpvit.interop.pretrained import Pretrained, load_pretrained
+from dtpvit.interop.reducer_config import reducer_makers
 from dtpvit.tasks.fitting import cross_fitted_answers, fit_reducers, has_to_fit
 
 __all__ = ["compare"]
@@ -91,8 +92,9 @@ def compare(
 
     dense = load({})
     print(f"dtpvit: {str(dense.transfer).splitlines()[0]}")
-    for row in asked:
-        load(row.reducers)  # what does not build is found out now
+    for row in asked:  # what does not build is found out now
+        for maker in reducer_makers(row.reducers).values():
+            maker(dense.trunk.dim)
     known = get_pretrained_cfg(model)
     crop = crop_pct or (1.0 if known is None or dense.is_clip else known.crop_pct)
     pixels, labels = _images(images, dense, limit, crop)
