@@ -176,6 +176,21 @@ def test_masking_is_removing(readout):
         assert 5 < len(x) < 32
 
 
+def test_the_ratio_loss_alone_steers_the_share_that_stays():
+    reducer = DynamicViT(24, keep=0.3).train()
+    optimizer = torch.optim.Adam(reducer.parameters(), lr=3e-3)
+    shares = []
+    for step in range(150):
+        tokens = Tokens.from_dense(torch.randn(16, 37, 24), num_prefix=1, seed=torch.arange(16) + 16 * step)
+        reduction = reducer(tokens, Evidence())
+        optimizer.zero_grad()
+        reduction.losses["ratio"].backward()
+        optimizer.step()
+        shares.append(reduction.tokens.policy.view(16, 37)[:, 1:].mean().item())
+    assert shares[0] == pytest.approx(0.5, abs=0.05)
+    assert sum(shares[-20:]) / 20 == pytest.approx(0.3, abs=0.02)
+
+
 def test_ragged_batches():
     tokens = Tokens.from_dense(torch.randn(5, 37, 24), num_prefix=1, seed=torch.arange(5))
     ragged = RandomBoundaries(24, compression=2)(tokens, Evidence()).tokens

@@ -102,9 +102,9 @@ def test_any_lengths_sizes_and_keys_with_a_bias(fuse, num_prefix, lengths):
         x, sizes, groups = slow_selection(before.features, own, before.size.tolist(), members, keep, num_prefix, fuse)
         torch.testing.assert_close(after.features, x)
         check_rows(after, sizes, groups)
-        bias = [0.0 if len(group) > 1 else math.log(size) for group, size in zip(groups, sizes, strict=True)]
-        if not (fuse and any(len(group) == 1 for group in groups[-1:])):  # one token alone can be the sum, too
-            torch.testing.assert_close(after.key_bias, torch.tensor(bias))
+        chosen = num_prefix + math.ceil(keep * (len(own) - num_prefix))
+        bias = [math.log(size) if row < chosen else 0.0 for row, size in enumerate(sizes)]
+        torch.testing.assert_close(after.key_bias, torch.tensor(bias))
     if len(set(lengths)) > 1:
         unknown = Layout(layout.lengths, layout.longest, layout.total, num_prefix)  # the host knows no length
         again = reducer(

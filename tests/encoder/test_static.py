@@ -132,7 +132,7 @@ def test_a_whole_encoder_is_one_graph_of_generated_code(name):
 @pytest.mark.filterwarnings(
     "ignore:The .grad attribute of a Tensor that is not a leaf"
 )  # torch's own, at a graph break
-@pytest.mark.parametrize("name", ["fixed", "dynamic", "tome", "tomesd", "todo", "token fuser"])
+@pytest.mark.parametrize("name", ["fixed", "dynamic", "tome", "tomesd", "todo", "token fuser", "evit", "dynamic-vit"])
 def test_checkpointed_blocks_compile_and_a_dynamic_budget_in_pieces(name):
     dynamic = {"reducers": {1: lambda dim: DynamicPooling(dim, compression=4)}}
     encoder = small(**ENCODERS.get(name, dynamic)).train()
