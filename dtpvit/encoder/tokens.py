@@ -28,6 +28,8 @@ class Tokens:
         patches: Layout of the original patches; its lengths sum to P.
         grid: Rows and columns while the tokens still form one grid, else None.
         seed: One int64 an image from which every random choice about that image follows, shape (B,), or None.
+        pixel_entropy: Of each original patch and of the cells it lies in, as of
+            :func:`dtpvit.encoder.ops.entropy.pixel_entropy`, shape (P, 3); None where no reducer needs it.
         key_bias: Added to the attention logits of each key by later blocks, float32, shape (T,), or None.
     """
 
@@ -38,11 +40,18 @@ class Tokens:
     patches: Layout
     grid: tuple[int, int] | None = None
     seed: Tensor | None = None
+    pixel_entropy: Tensor | None = None
     key_bias: Tensor | None = None
 
     @classmethod
     def from_dense(
-        cls, features: Tensor, *, num_prefix: int = 0, grid: tuple[int, int] | None = None, seed: Tensor | None = None
+        cls,
+        features: Tensor,
+        *,
+        num_prefix: int = 0,
+        grid: tuple[int, int] | None = None,
+        seed: Tensor | None = None,
+        pixel_entropy: Tensor | None = None,
     ) -> Tokens:
         """Pack a dense batch of shape (B, N, D), of which each sequence starts with ``num_prefix`` prefix tokens."""
         batch, length, dim = features.shape
@@ -56,6 +65,7 @@ class Tokens:
             patches=patches,
             grid=grid,
             seed=seed,
+            pixel_entropy=pixel_entropy,
         )
 
     @property
@@ -102,6 +112,7 @@ class Tokens:
         features = self.features.split(lengths)
         sizes = self.size.split(lengths)
         sources = self.source.split(patches)
+        entropies = [None] * len(lengths) if self.pixel_entropy is None else self.pixel_entropy.split(patches)
         biases = [None] * len(lengths) if self.key_bias is None else self.key_bias.split(lengths)
         return [
             Tokens(
@@ -112,6 +123,7 @@ class Tokens:
                 patches=Layout(self.patches.lengths[i : i + 1], patches[i], patches[i]),
                 grid=self.grid,
                 seed=None if self.seed is None else self.seed[i : i + 1],
+                pixel_entropy=entropies[i],
                 key_bias=biases[i],
             )
             for i, length in enumerate(lengths)

@@ -86,8 +86,9 @@ def image_cost(trunk: VisionEncoder, layouts: tuple[BlockLayouts, ...], embed_di
         if reducer is not None:
             assert isinstance(reducer, TokenReducer)
             inside = reducer.place == "inside"
-            given = attention if inside else arrived
+            given, left = (attention, mlp) if inside else (arrived, attention)
             reducers += _reducer_macs(reducer, given, trunk.dim, block.attn.num_heads)
+            reducers += reducer.output_macs(left, trunk.dim)
             shortened = shortened or not inside
         part = reduced if shortened else full
         part += _attention_macs(trunk.dim, attention)

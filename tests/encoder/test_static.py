@@ -32,6 +32,7 @@ ENCODERS = {
     "grid": {"reducers": {1: GridPooling}},
     "tome": {"reducers": {block: lambda dim: ToMe(dim, r=7) for block in range(3)}},
     "pitome": {"reducers": {0: lambda dim: PiToMe(dim, r=7), 1: lambda dim: PiToMe(dim, ratio=0.8, protect=False)}},
+    "entropy": {"reducers": fixed(router="entropy")},
     "random": {"reducers": {1: lambda dim: RandomBoundaries(dim, compression=4, budget="fixed")}},
 }
 

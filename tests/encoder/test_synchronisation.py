@@ -6,7 +6,16 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dtpvit.encoder import DualEncoder, VisionEncoder, VisualTower
-from dtpvit.encoder.reducers import DToMe, DynamicPooling, FixedStride, GridPooling, PiToMe, RandomBoundaries, ToMe
+from dtpvit.encoder.reducers import (
+    DToMe,
+    DynamicPooling,
+    FixedStride,
+    GridPooling,
+    PiToMe,
+    Quadtree,
+    RandomBoundaries,
+    ToMe,
+)
 
 _READS = {"tolist", "item", "__bool__", "__int__", "__float__", "__index__", "numpy"}
 _WAITS = ("_local_scalar_dense", "nonzero.default", "masked_select", "unique", "is_nonzero", "equal.default")
@@ -72,6 +81,10 @@ def encoder(reducers):
         ({0: PiToMe(32, r=9), 1: PiToMe(32, ratio=0.8, protect=False)}, 0),
         ({0: DToMe(32, r=9), 1: DToMe(32, r=9)}, 2),
         ({0: DToMe(32, r=9), 1: PiToMe(32, ratio=0.8)}, 1),
+        ({0: Quadtree(32)}, 1),
+        ({1: DynamicPooling(32, compression=4, router="entropy")}, 1),
+        ({1: DynamicPooling(32, compression=4, router="entropy", budget="fixed")}, 0),
+        ({1: DynamicPooling(32, compression=4, router="cosine", estimator="gate", rate="ratio", noise=False)}, 1),
     ],
     ids=[
         "dense",
@@ -87,6 +100,10 @@ def encoder(reducers):
         "pitome",
         "dtome",
         "pitome, ragged",
+        "quadtree",
+        "entropy",
+        "entropy, fixed budget",
+        "hnet",
     ],
 )
 def test_one_wait_a_reducer(reducers, expected, training):

@@ -9,7 +9,7 @@ import torch
 
 from dtpvit.cli import main
 from dtpvit.encoder import VisionEncoder
-from dtpvit.encoder.reducers import DynamicPooling, FixedStride, GridPooling, RandomBoundaries, ToMe
+from dtpvit.encoder.reducers import DynamicPooling, FixedStride, GridPooling, PiToMe, RandomBoundaries, ToMe
 from dtpvit.errors import UserError
 from dtpvit.interop import onnx_file
 from dtpvit.interop.create import build_clip
@@ -27,6 +27,8 @@ ENCODERS = {
     "cosine": {"reducers": fixed(router="cosine", estimator="dtp", null_token=True), "pre_norm": True},
     "minimum variance": {"reducers": {1: lambda dim: DynamicPooling(dim, compression=6, router="minimum_variance")}},
     "stride": {"reducers": {1: lambda dim: FixedStride(dim, compression=4, order="serpentine")}},
+    "pitome": {"reducers": {0: lambda dim: PiToMe(dim, r=7), 1: lambda dim: PiToMe(dim, ratio=0.8, protect=False)}},
+    "entropy": {"reducers": {1: lambda dim: DynamicPooling(dim, compression=4, budget="fixed", router="entropy")}},
     "tome": {"reducers": {block: lambda dim: ToMe(dim, r=7) for block in range(3)}},
     "grid": {"reducers": {1: GridPooling}, "image_size": (48, 40), "act": "quick_gelu"},
 }

@@ -6,6 +6,7 @@ from dtpvit.encoder.reducers.controls import FixedStride, GridPooling, RandomBou
 from dtpvit.encoder.reducers.dtome import DToMe
 from dtpvit.encoder.reducers.dynamic_pooling import DynamicPooling
 from dtpvit.encoder.reducers.pitome import PiToMe
+from dtpvit.encoder.reducers.quadtree import Quadtree
 from dtpvit.encoder.reducers.tome import ToMe
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "FixedStride",
     "GridPooling",
     "PiToMe",
+    "Quadtree",
     "RandomBoundaries",
     "Reduction",
     "ToMe",

@@ -40,15 +40,22 @@ class TokenReducer(nn.Module, ABC):
 
     Attributes:
         place: Where it acts: ``"before"`` its block, or ``"inside"``, between the block's attention and its MLP.
-        needs: What of its block's attention it goes by; only a reducer inside a block can have it.
+        needs: What it goes by beside the features. Of its block's attention only a reducer inside the block can know;
+            the pixels' entropy comes with the tokens.
+        needs_grid: Whether the tokens must still form a grid.
         drops: Whether patches may be lost.
+        averages: Whether a token is the weighted mean of the patches whose source names it.
+        holds_rate: Whether the rate asked for is kept from construction on, not only once a loss has pulled it there.
         draws: When it makes random choices, as a function of ``tokens.seed``.
         fixed: Whether images of equal length keep equally many tokens, so that shapes are static.
     """
 
     place: Literal["before", "inside"] = "before"
     needs: frozenset[Need] = frozenset()
+    needs_grid: bool = False
     drops: bool = False
+    averages: bool = True
+    holds_rate: bool = True
     draws: Literal["never", "training", "always"] = "never"
     fixed: bool = False
 
@@ -70,6 +77,10 @@ class TokenReducer(nn.Module, ABC):
         Returns:
             Shape (B,), float64.
         """
+        return tokens.new_zeros(tokens.shape)
+
+    def output_macs(self, tokens: Tensor, dim: int) -> Tensor:
+        """Multiply-accumulates spent on the tokens of each image that go out, as of :meth:`macs`."""
         return tokens.new_zeros(tokens.shape)
 
 
