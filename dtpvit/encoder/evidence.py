@@ -12,7 +12,7 @@ from torch import Tensor
 
 __all__ = ["Evidence", "Need"]
 
-Need = Literal["keys", "class_attention"]
+Need = Literal["keys", "class_attention", "pixel_entropy"]  # the last comes with the tokens, not from a block
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,8 @@ class Tokens:
         patches: Layout of the original patches; its lengths sum to P.
         grid: Rows and columns while the tokens still form one grid, else None.
         seed: One int64 an image from which every random choice about that image follows, shape (B,), or None.
+        pixel_entropy: Of each original patch and of the cells it lies in, as of
+            :func:`dtpvit.encoder.ops.entropy.pixel_entropy`, shape (P, 3); None where no reducer needs it.
         key_bias: Added to the attention logits of each key by later blocks, float32, shape (T,), or None.
         policy: For training where tokens are masked instead of removed: 1 for those that the others see, 0 for those
             that only see themselves, differentiable, float32, shape (T,); None where all are seen.
@@ -40,12 +42,19 @@ class Tokens:
     patches: Layout
     grid: tuple[int, int] | None = None
     seed: Tensor | None = None
+    pixel_entropy: Tensor | None = None
     key_bias: Tensor | None = None
     policy: Tensor | None = None
 
     @classmethod
     def from_dense(
-        cls, features: Tensor, *, num_prefix: int = 0, grid: tuple[int, int] | None = None, seed: Tensor | None = None
+        cls,
+        features: Tensor,
+        *,
+        num_prefix: int = 0,
+        grid: tuple[int, int] | None = None,
+        seed: Tensor | None = None,
+        pixel_entropy: Tensor | None = None,
     ) -> Tokens:
         """Pack a dense batch of shape (B, N, D), of which each sequence starts with ``num_prefix`` prefix tokens."""
         batch, length, dim = features.shape
@@ -59,6 +68,7 @@ class Tokens:
             patches=patches,
             grid=grid,
             seed=seed,
+            pixel_entropy=pixel_entropy,
         )
 
     @property
@@ -110,6 +120,7 @@ class Tokens:
         features = self.features.split(lengths)
         sizes = self.size.split(lengths)
         sources = self.source.split(patches)
+        entropies = [None] * len(lengths) if self.pixel_entropy is None else self.pixel_entropy.split(patches)
         biases, policies = (
             [None] * len(lengths) if values is None else values.split(lengths)
             for values in (self.key_bias, self.policy)
@@ -123,6 +134,7 @@ class Tokens:
                 patches=Layout(self.patches.lengths[i : i + 1], patches[i], patches[i]),
                 grid=self.grid,
                 seed=None if self.seed is None else self.seed[i : i + 1],
+                pixel_entropy=entropies[i],
                 key_bias=biases[i],
                 policy=policies[i],
             )

@@ -13,6 +13,7 @@ from dtpvit.encoder.encoding import Encoding
 from dtpvit.encoder.entering import EnteredBlock, enter
 from dtpvit.encoder.layers import Block, PatchEmbed, resize_position_embedding
 from dtpvit.encoder.layout import BlockLayouts, Layout
+from dtpvit.encoder.ops.entropy import pixel_entropy
 from dtpvit.encoder.ops.exportable import means_by_product
 from dtpvit.encoder.ops.noise import checksum, draw_seeds
 from dtpvit.encoder.ops.segments import Segments, pool_segments
@@ -91,8 +92,9 @@ class VisionEncoder(nn.Module):
             if not 0 <= block < depth:
                 raise ValueError(f"a reducer is placed at block {block}; the encoder has blocks 0 to {depth - 1}")
             made = reducer if isinstance(reducer, TokenReducer) else reducer(dim)
-            if made.place != "inside" and made.needs:
-                raise ValueError(f"{type(made).__name__} acts before attention and needs {sorted(made.needs)} of it")
+            within = made.needs - {"pixel_entropy"}
+            if made.place != "inside" and within:
+                raise ValueError(f"{type(made).__name__} acts before attention and needs {sorted(within)} of it")
             self.reducers[str(block)] = made
         self.grad_checkpointing = False
 
@@ -111,6 +113,12 @@ class VisionEncoder(nn.Module):
         """Whether a reducer makes random choices in the present mode."""
         when = ("training", "always") if self.training else ("always",)
         return any(isinstance(reducer, TokenReducer) and reducer.draws in when for reducer in self.reducers.values())
+
+    @property
+    def needs_pixel_entropy(self) -> bool:
+        """Whether a reducer goes by the pixels of the patches, which only the image knows."""
+        made = self.reducers.values()
+        return any(isinstance(reducer, TokenReducer) and "pixel_entropy" in reducer.needs for reducer in made)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block in the backward pass instead of keeping its activations."""
@@ -148,9 +156,11 @@ class VisionEncoder(nn.Module):
             raise ValueError(f"images are {found}, the encoder was made for {wanted}; use set_input_size")
         if seeds is None and self.needs_seed:
             seeds = draw_seeds(len(images), images.device) if self.training else checksum(images)
+        entropy = pixel_entropy(images, self.patch_embed.patch_size) if self.needs_pixel_entropy else None
         x = self.patch_embed(images)
         x = torch.cat((self.cls_token.to(x.dtype).expand(x.shape[0], -1, -1), x), dim=1) + self.pos_embed
-        return Tokens.from_dense(self.norm_pre(x), num_prefix=1, grid=self.grid_size, seed=seeds)
+        x = self.norm_pre(x)
+        return Tokens.from_dense(x, num_prefix=1, grid=self.grid_size, seed=seeds, pixel_entropy=entropy)
 
     def forward(
         self, images: Tensor, *, seeds: Tensor | None = None, thresholds: Mapping[int, Tensor] | None = None

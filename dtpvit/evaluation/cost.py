@@ -87,6 +87,7 @@ def image_cost(trunk: VisionEncoder, layouts: tuple[BlockLayouts, ...], embed_di
             inside = reducer.place == "inside"
             arrived = seen.arrived.lengths.to(torch.float64)
             reducers += _reducer_macs(reducer, arrived, trunk.dim, block.attn.num_heads)
+            reducers += reducer.output_macs(seen.reduced.lengths.to(torch.float64), trunk.dim)
             shortened = shortened or not inside
         part = reduced if shortened else full
         part += _attention_macs(trunk.dim, asking, asked)

@@ -14,6 +14,7 @@ from dtpvit.encoder.reducers import (
     FixedStride,
     GridPooling,
     PiToMe,
+    Quadtree,
     RandomBoundaries,
     ToDo,
     TokenLearner,
@@ -96,11 +97,16 @@ def learner(**options):
         ({1: DynamicPooling(32, compression=2), 2: EViT(32, keep=0.5), 3: TopK(32, keep=0.5)}, 1),
         ({0: DynamicViT(32, keep=0.5), 1: DynamicViT(32, keep=0.3)}, 0),
         ({1: DynamicPooling(32, compression=2), 2: DynamicViT(32, keep=0.3)}, 1),
+        ({0: Quadtree(32)}, 1),
+        ({1: DynamicPooling(32, compression=4, router="entropy")}, 1),
+        ({1: DynamicPooling(32, compression=4, router="entropy", budget="fixed")}, 0),
+        ({1: DynamicPooling(32, compression=4, router="cosine", estimator="gate", rate="ratio", noise=False)}, 1),
     ],
     ids=[
         *["dense", "dynamic", "cosine", "twice", "fixed budget", "stride", "grid", "random", "tome", "tome, ragged"],
         *["restored", "token learner, ragged", "pitome", "dtome", "pitome, ragged"],
         *["selection", "selection, ragged", "masks", "masks, ragged"],
+        *["quadtree", "entropy", "entropy, fixed budget", "hnet"],
     ],
 )
 def test_one_wait_a_reducer(reducers, expected, training):

@@ -9,7 +9,7 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["ORDERS", "scan_order", "window_order"]
+__all__ = ["ORDERS", "first_of_cell", "scan_order", "window_order"]
 
 ORDERS = ("raster", "serpentine", "hilbert")
 
@@ -60,6 +60,24 @@ def scan_order(order: str, rows: int, columns: int, device: torch.device | None 
     else:
         _hilbert(walk, (0, 0), (rows, 0), (0, columns))
     return torch.tensor([row * columns + column for row, column in walk], device=device)
+
+
+@_kept
+def first_of_cell(order: str, rows: int, columns: int, side: int, device: torch.device | None = None) -> Tensor:
+    """The first on the line of the patches that share a square cell with each patch; cells are partial at the border.
+
+    Returns:
+        Raster indices, int64, shape (rows * columns,).
+
+    >>> first_of_cell("raster", 2, 3, 2)
+    tensor([0, 0, 2, 0, 0, 2])
+    """
+    line = scan_order(order, rows, columns)
+    place = torch.empty_like(line).scatter_(0, line, torch.arange(len(line)))
+    row, column = torch.arange(rows) // side, torch.arange(columns) // side
+    cell = (row[:, None] * columns + column).flatten()
+    first = torch.full_like(line, len(line)).scatter_reduce(0, cell, place, "amin")
+    return line[first[cell]].to(device)
 
 
 @_kept

@@ -8,6 +8,7 @@ from dtpvit.encoder.reducers.dynamic_pooling import DynamicPooling
 from dtpvit.encoder.reducers.dynamic_vit import DynamicViT
 from dtpvit.encoder.reducers.evit import EViT, TopK
 from dtpvit.encoder.reducers.pitome import PiToMe
+from dtpvit.encoder.reducers.quadtree import Quadtree
 from dtpvit.encoder.reducers.todo import ToDo
 from dtpvit.encoder.reducers.token_learner import TokenLearner
 from dtpvit.encoder.reducers.tome import ToMe
@@ -22,6 +23,7 @@ __all__ = [
     "FixedStride",
     "GridPooling",
     "PiToMe",
+    "Quadtree",
     "RandomBoundaries",
     "Reduction",
     "ToDo",

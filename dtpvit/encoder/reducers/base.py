@@ -47,13 +47,15 @@ class TokenReducer(nn.Module, ABC):
             to the tokens that came. ``"inside"``: between the block's attention and its MLP. ``"attention"``: its
             attention alone sees the fewer tokens, made of the normed ones, and what it found is restored before it is
             added. ``"keys"``: the same of keys and values; all tokens query, and nothing is to be restored.
-        needs: What of its block's attention it goes by; only a reducer inside a block can have it.
+        needs: What it goes by beside the features. Of its block's attention only a reducer inside the block can know;
+            the pixels' entropy comes with the tokens.
         needs_grid: Whether the tokens that come must form a grid.
         drops: Whether patches may be lost.
         averages: Whether a token is the weighted mean of the patches whose source names it.
         soft: Whether a token draws on all patches of its image, so that none is ever handed on as it is; ``source``
             then names the token that draws on a patch most, and sizes are no whole numbers.
         masks: Whether tokens are masked in training and removed in evaluation, so that only training teaches.
+        holds_rate: Whether the rate asked for is kept from construction on, not only once a loss has pulled it there.
         draws: When it makes random choices, as a function of ``tokens.seed``.
         fixed: Whether images of equal length keep equally many tokens, so that shapes are static.
     """
@@ -65,6 +67,7 @@ class TokenReducer(nn.Module, ABC):
     averages: bool = True
     soft: bool = False
     masks: bool = False
+    holds_rate: bool = True
     draws: Literal["never", "training", "always"] = "never"
     fixed: bool = False
 
@@ -86,6 +89,10 @@ class TokenReducer(nn.Module, ABC):
         Returns:
             Shape (B,), float64.
         """
+        return tokens.new_zeros(tokens.shape)
+
+    def output_macs(self, tokens: Tensor, dim: int) -> Tensor:
+        """Multiply-accumulates spent on the tokens of each image that go out, as of :meth:`macs`."""
         return tokens.new_zeros(tokens.shape)
 
 

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from dtpvit.encoder.evidence import Evidence
+from dtpvit.encoder.evidence import Evidence, Need
 from dtpvit.encoder.layout import Layout
 from dtpvit.encoder.ops.boundaries import (
     band_loss,
@@ -27,7 +27,7 @@ from dtpvit.encoder.reducers.base import JointThreshold, Reduction
 from dtpvit.encoder.reducers.baseline import GradientBaseline
 from dtpvit.encoder.reducers.boundary_pooling import BoundaryPooling
 from dtpvit.encoder.reducers.calibration import BoundaryCalibration
-from dtpvit.encoder.reducers.routers import ROUTERS, exact_starts
+from dtpvit.encoder.reducers.routers import ROUTERS, EntropyRouter, entropy_rise, exact_starts
 from dtpvit.encoder.tokens import Tokens
 
 __all__ = ["DynamicPooling"]
@@ -46,12 +46,15 @@ class DynamicPooling(BoundaryPooling, JointThreshold):
     Args:
         dim: Width D of the tokens.
         compression: Tokens in for each token out.
-        router: What scores the places: ``"mlp"``, ``"cosine"``, ``"local"``, ``"minimum_variance"`` or
-            ``"sensitivity"`` (:mod:`dtpvit.encoder.reducers.routers`); the last two are exact and have a fixed budget.
+        router: What scores the places: ``"mlp"``, ``"cosine"``, ``"local"``, ``"entropy"``, ``"minimum_variance"`` or
+            ``"sensitivity"`` (:mod:`dtpvit.encoder.reducers.routers`); entropy learns nothing, and the last two are
+            exact and have a fixed budget.
         estimator: How the task teaches the predictor: ``"regression"`` of the symmetric votes
             (:mod:`dtpvit.encoder.ops.regression`), or straight through ``"symmetric"`` votes, ``"dtp"``'s
             averaging weights or H-Net's ``"gate"`` (:mod:`dtpvit.encoder.ops.segments`); or ``"imitation"``: training
-            uses the exact segments of least variance, which the predictor learns to name.
+            uses the segments of the ``teacher``, which the predictor learns to name.
+        teacher: Of imitation: ``"variance"``, the exact segments of least variance, or ``"entropy"``, those between the
+            highest rises of the pixels' entropy, as Nawrot et al. supervise theirs.
         rate: What holds the mean rate: ``"quantile"``, the threshold is the quantile of the whole batch's noisy logits
             that gives it, over all ranks; or one of the published losses ``"binomial"`` (a prior on each image's
             count), ``"ratio"`` (H-Net's, on this process's batch) and ``"band"`` (a hinge on each image's rate), with
@@ -62,22 +65,24 @@ class DynamicPooling(BoundaryPooling, JointThreshold):
             each image, so that shapes are static.
         order: ``"raster"``, ``"serpentine"`` or ``"hilbert"``.
         proportional: Size-proportional attention after pooling.
-        temperature: Of the straight-through gradient.
+        temperature: Of the straight-through gradient; at 1 it is that of the probability itself.
+        noise: Logistic noise on the logits while training. Without it training decides as evaluation does; with a rate
+            loss both then have a boundary wherever its probability is above 1/2, as in H-Net, and the rate is only what
+            the loss has made of it.
         null_token: Whether a learned token is put in front of the segments, as the method's language models have it.
 
     Raises:
         ValueError: If an argument is out of range.
     """
 
-    draws = "training"
-
     def __init__(
         self,
         dim: int,
         *,
         compression: float,
-        router: Literal["mlp", "cosine", "local", "minimum_variance", "sensitivity"] = "mlp",
+        router: Literal["mlp", "cosine", "local", "entropy", "minimum_variance", "sensitivity"] = "mlp",
         estimator: Literal["regression", "symmetric", "dtp", "gate", "imitation"] = "regression",
+        teacher: Literal["variance", "entropy"] = "variance",
         rate: Literal["quantile", "binomial", "ratio", "band"] = "quantile",
         rate_weight: float = 1.0,
         band: float = 0.2,
@@ -85,6 +90,7 @@ class DynamicPooling(BoundaryPooling, JointThreshold):
         order: Literal["raster", "serpentine", "hilbert"] = "hilbert",
         proportional: bool = True,
         temperature: float = 0.5,
+        noise: bool = True,
         null_token: bool = False,
     ) -> None:
         vote = "symmetric" if estimator in ("regression", "imitation") else estimator
@@ -95,21 +101,30 @@ class DynamicPooling(BoundaryPooling, JointThreshold):
             raise ValueError(f"rate is {rate!r}; expected quantile, binomial, ratio or band")
         if budget not in ("dynamic", "fixed"):
             raise ValueError(f"budget is {budget!r}; expected dynamic or fixed")
+        if teacher not in ("variance", "entropy"):
+            raise ValueError(f"teacher is {teacher!r}; expected variance or entropy")
         self.rate, self.rate_weight, self.band = rate, rate_weight, band
         self.temperature = temperature
         shifts = rate == "quantile" and estimator != "imitation"
         self.boundary_predictor = ROUTERS[router](dim, initial_rate=None if shifts else 1 / compression)
         self.fixed = budget == "fixed" or self.boundary_predictor.decides
-        self.boundary_calibration = None if self.fixed else BoundaryCalibration()
+        self.halved = not (noise or self.fixed or rate == "quantile")
+        self.holds_rate = not self.halved
+        self.boundary_calibration = None if self.fixed or self.halved else BoundaryCalibration()
         if self.fixed and rate != "quantile":
             raise ValueError(f"rate {rate!r} has nothing to hold where the budget is fixed; leave it at quantile")
         if estimator in ("regression", "imitation") and rate != "quantile":
             raise ValueError(
                 f"estimator {estimator!r} leaves the rate to the threshold; with rate {rate!r} use another"
             )
-        learns = not self.boundary_predictor.decides
+        if rate != "quantile" and not self.boundary_predictor.learned:
+            raise ValueError(f"rate {rate!r} steers what learns, and router {router!r} does not; leave it at quantile")
+        self.learns = learns = self.boundary_predictor.learned and not self.boundary_predictor.decides
         self.regress = learns and estimator == "regression"
         self.imitate = learns and estimator == "imitation"
+        self.noisy = noise and learns and not self.imitate
+        self.draws = "training" if self.noisy else "never"
+        self.teacher = teacher
         # A threshold that follows the logits lets them drift; a rate loss holds them in place.
         drifts = learns and rate == "quantile" and not (self.regress or self.imitate)
         self.boundary_baseline = GradientBaseline() if drifts else None
@@ -118,12 +133,18 @@ class DynamicPooling(BoundaryPooling, JointThreshold):
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, rate={self.rate!r}, budget={'fixed' if self.fixed else 'dynamic'}"
 
+    @property
+    def needs(self) -> frozenset[Need]:
+        taught = self.imitate and self.training and self.teacher == "entropy"
+        by_pixels = taught or isinstance(self.boundary_predictor, EntropyRouter)
+        return frozenset({"pixel_entropy"}) if by_pixels else frozenset()
+
     def fix_budget(self) -> None:
         """Keep the top ceil(N / compression) logits of each image from now on, whatever the threshold learned.
 
         The weights stay. Counts then follow the rate image by image instead of on average, and shapes are static.
         """
-        self.fixed, self.boundary_calibration = True, None
+        self.fixed, self.halved, self.holds_rate, self.boundary_calibration = True, False, True, None
 
     def macs(self, tokens: Tensor, dim: int, num_heads: int) -> Tensor:
         return self.boundary_predictor.macs(tokens, dim, self.compression)
@@ -142,9 +163,9 @@ class DynamicPooling(BoundaryPooling, JointThreshold):
             hard, cut, joint = self._decide(logits, scores, layout, wanted, evidence)
             losses = {}
             if self.imitate and self.training:
-                hard = exact_starts(weighted, order, wanted, most)
+                hard = self._taught(weighted, order, wanted, most)
                 losses = {"imitation": imitation_loss(logits, hard, layout)}
-            if self.boundary_predictor.decides or self.imitate:
+            if self.imitate or not self.learns:
                 starts = hard
             elif cut is None:
                 starts = regress_votes(hard, logits, layout)
@@ -159,7 +180,7 @@ class DynamicPooling(BoundaryPooling, JointThreshold):
         return Reduction(pooled, {**losses, **self._losses(starts, scores, layout)}, joint)
 
     def _add_noise(self, logits: Tensor, tokens: Tokens) -> Tensor:
-        if not self.training or self.boundary_predictor.decides or self.imitate:
+        if not (self.training and self.noisy):
             return logits
         if tokens.seed is None:
             raise ValueError("training needs tokens.seed, from which the noise of each image follows")
@@ -171,7 +192,10 @@ class DynamicPooling(BoundaryPooling, JointThreshold):
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Hard starts, shape (T,); what scores are cut at, where a gradient straight through the cut needs it; and in
         training the free scores."""
-        straight = not (self.regress or self.imitate or self.boundary_predictor.decides)
+        straight = self.learns and not (self.regress or self.imitate)
+        if self.halved:
+            cut = scores.new_full((), 0.0 if self.compression > 1 else float("-inf"))
+            return (scores > cut).to(scores.dtype), cut if straight else None, None
         calibration = self.boundary_calibration
         if calibration is None or not self.training:
             taken = top_per_image(scores.detach(), layout.opening, layout, wanted - 1)
@@ -188,6 +212,13 @@ class DynamicPooling(BoundaryPooling, JointThreshold):
             threshold = self.set_threshold(joint, layout.total - layout.batch * layout.num_prefix, layout.batch)
         threshold = threshold.to(scores)
         return (scores > threshold).to(scores.dtype), threshold if straight else None, joint
+
+    def _taught(self, tokens: Tokens, order: Tensor | None, wanted: Tensor, most: int) -> Tensor:
+        """Starts that imitation teaches, in line order, float32, shape (T,)."""
+        if self.teacher == "variance":
+            return exact_starts(tokens, order, wanted, most)
+        layout = tokens.layout
+        return top_per_image(entropy_rise(tokens, order), layout.opening, layout, wanted - 1).to(torch.float32)
 
     def after_backward(self) -> None:
         if self.boundary_baseline is not None:
@@ -215,7 +246,7 @@ class DynamicPooling(BoundaryPooling, JointThreshold):
         return batch_threshold(joint[1], count)
 
     def _losses(self, starts: Tensor, scores: Tensor, layout: Layout) -> dict[str, Tensor]:
-        if self.rate == "quantile" or not self.training or self.boundary_predictor.decides:
+        if self.rate == "quantile" or not self.training:
             return {}
         target = 1 / self.compression
         patches = (layout.lengths - layout.num_prefix).to(starts.dtype)
@@ -226,8 +257,9 @@ class DynamicPooling(BoundaryPooling, JointThreshold):
         elif self.rate == "band":
             loss = band_loss(counts / patches, target * (1 - self.band), target * (1 + self.band))
         else:
-            probability = torch.sigmoid(scores.index_select(0, layout.free)).mean()
-            loss = ratio_loss(counts.detach().sum() / patches.sum(), probability, target)
+            # Where a segment must start, it starts with probability one: in both shares or in neither.
+            expected = torch.sigmoid(scores.index_select(0, layout.free)).sum() + layout.batch
+            loss = ratio_loss(counts.detach().sum() / patches.sum(), expected / patches.sum(), target)
         return {"rate": self.rate_weight * loss}
 
 

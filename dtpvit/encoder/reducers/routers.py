@@ -12,6 +12,7 @@ from dtpvit.encoder.tokens import Tokens
 __all__ = [
     "ROUTERS",
     "CosineRouter",
+    "EntropyRouter",
     "LocalRouter",
     "MinimumVarianceRouter",
     "MlpRouter",
@@ -19,6 +20,7 @@ __all__ = [
     "SensitivityRouter",
     "SensitivityWeights",
     "centred",
+    "entropy_rise",
     "exact_starts",
     "sensitivity_inputs",
 ]
@@ -28,9 +30,11 @@ class Router(FullPrecision):
     """Scores the places of the line; ``order`` is the token at each place, or None for the packed order.
 
     Attributes:
+        learned: Whether a gradient at the scores teaches anything.
         decides: Whether the scores are the decision itself: one at the best starts for the asked number, else zero.
     """
 
+    learned: bool = True
     decides: bool = False
 
     def __init__(self, dim: int, *, initial_rate: float | None) -> None:
@@ -130,6 +134,23 @@ class MinimumVarianceRouter(Router):
         return tokens**2 * dim + tokens**3 / compression
 
 
+class EntropyRouter(Router):
+    """How far the entropy of a token's pixels rises above that of both places before it; nothing to train.
+
+    The entropy spikes of Nawrot et al. (ACL 2023), who put boundaries where the entropy of a language model is higher
+    than at the two positions before. What a patch shows stands in for what a model expects: a boundary is put where
+    something begins to happen. The best-ranked places are spikes as long as there are as many of them.
+    """
+
+    learned = False
+
+    def forward(self, tokens: Tokens, order: Tensor | None, segments: Tensor, most: int) -> Tensor:
+        return entropy_rise(tokens, order)
+
+    def macs(self, tokens: Tensor, dim: int, compression: float) -> Tensor:
+        return torch.zeros_like(tokens)
+
+
 class SensitivityWeights(Router):
     """Tokens count in their segment by how much the encoder's output depends on them, not all alike.
 
@@ -223,6 +244,34 @@ def exact_starts(tokens: Tokens, order: Tensor | None, segments: Tensor, most: i
     return starts.reshape(-1)[tokens.layout.unpadded].to(torch.float32)
 
 
+@torch.no_grad()
+def entropy_rise(tokens: Tokens, order: Tensor | None) -> Tensor:
+    """Pixel entropy of the token at each place of the line less the higher one of the two places before, in bits.
+
+    A token that stands for several patches has the mean of theirs. Places before an image's first patch do not count;
+    there, and at the prefix, the rise is 0.
+
+    Returns:
+        float32, shape (T,), in line order.
+
+    Raises:
+        ValueError: If the tokens came without the entropy of their pixels.
+    """
+    if tokens.pixel_entropy is None:
+        raise ValueError("boundaries at entropy spikes need tokens.pixel_entropy, which VisionEncoder.embed computes")
+    layout, image = tokens.layout, tokens.patches.image
+    place = layout.first[image] + layout.num_prefix + tokens.source.clamp(min=0)
+    own = tokens.pixel_entropy[:, 0].to(torch.float64).masked_fill(tokens.source < 0, 0.0)
+    # Summed in float64, so that the order in which a device adds shows in no digit of the mean.
+    total = own.new_zeros(layout.total).index_add_(0, place, own)
+    entropy = (total / tokens.size).to(torch.float32)
+    entropy = entropy if order is None else entropy[order]
+    before = [nn.functional.pad(entropy, (back, 0))[: layout.total] for back in (1, 2)]
+    second = layout.position == layout.num_prefix + 1
+    highest = torch.where(second, before[0], torch.maximum(*before))
+    return (entropy - highest).masked_fill(layout.opening, 0.0)
+
+
 def _grid_of_line(tokens: Tokens, order: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Normalised features, shape (B, N, D), and sizes, shape (B, N), of the patches in line order, padded."""
     layout, prefix = tokens.layout, tokens.num_prefix
@@ -259,4 +308,5 @@ ROUTERS: dict[str, type[Router]] = {
     "minimum_variance": MinimumVarianceRouter,
     "sensitivity": SensitivityRouter,
     "local": LocalRouter,
+    "entropy": EntropyRouter,
 }
