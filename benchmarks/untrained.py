@@ -54,14 +54,26 @@ def _minimum_variance(kept: dict[int, int]) -> dict[Any, Any]:
     return {blocks: {"class_path": "DynamicPooling", "init_args": arguments, "each": {"compression": rates}}}
 
 
+def _entropy(compression: float) -> dict[Any, Any]:
+    arguments = {"router": "entropy", "compression": compression}
+    return {"4": {"class_path": "DynamicPooling", "init_args": arguments}}
+
+
+def _quadtree(small: float, large: float) -> dict[Any, Any]:
+    return {"0": {"class_path": "Quadtree", "init_args": {"thresholds": [small, large]}}}
+
+
 ROWS: dict[str, dict[Any, Any]] = {
     "dense": {},
+    "quadtree, cells below 5.5 and 4 bits": _quadtree(5.5, 4.0),
     "ToMe, r = 8": _tome(8),
     "PiToMe, r = 8": _pitome(8),
     "DToMe, r = 8": _dtome(8),
     "minimum variance, 98 segments before block 6": _minimum_variance({6: 98}),
+    "entropy, 98 segments before block 4": _entropy(2),
     "ToMe, r = 12": _tome(12),
     "minimum variance, 49 segments before block 6": _minimum_variance({6: 49}),
+    "quadtree, cells below 7.2 and 7.2 bits": _quadtree(7.2, 7.2),
     "ToMe, r = 13": _tome(13),
     "PiToMe, r = 13": _pitome(13),
     "DToMe, r = 13": _dtome(13),
@@ -69,6 +81,8 @@ ROWS: dict[str, dict[Any, Any]] = {
     "ToMe, r = 16": _tome(16),
     "PiToMe, r = 16": _pitome(16),
     "DToMe, r = 16": _dtome(16),
+    "entropy, 49 segments before block 4": _entropy(4),
+    "quadtree, cells below 7.5 and 5.5 bits": _quadtree(7.5, 5.5),
 }
 
 
