@@ -156,7 +156,7 @@ def load_dense(model: VisionEncoder | DualEncoder, source: str | Path) -> Transf
     if quick and not any(isinstance(module, QuickGELU) for module in trunk.modules()):
         transfer.notes.append("the source was trained with QuickGELU, this model has GELU; give vision act: quick_gelu")
     for name in sorted(set(mine) - set(transfer.taken)):
-        why = "no dense model has it" if ".reducers." in name else "the source has none that fits"
+        why = "no dense model has it" if "reducers." in name else "the source has none that fits"
         transfer.fresh[name] = why
     return transfer
 

@@ -13,7 +13,7 @@ from torch import Tensor
 __all__ = ["CELLS", "pixel_entropy"]
 
 CELLS = (1, 2, 4)  # sides, in patches, of the cells whose entropy is taken
-_BINS = 512  # of grey levels, as Choudhury et al. 2025 have them
+_BINS = 512  # of grey levels, as Choudhury et al. (ICLR 2026) have them
 _LEAST_RANGE = 1e-6
 
 

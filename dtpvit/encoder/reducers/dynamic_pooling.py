@@ -108,9 +108,9 @@ class DynamicPooling(BoundaryPooling, JointThreshold):
         shifts = rate == "quantile" and estimator != "imitation"
         self.boundary_predictor = ROUTERS[router](dim, initial_rate=None if shifts else 1 / compression)
         self.fixed = budget == "fixed" or self.boundary_predictor.decides
-        self.halved = not (noise or self.fixed or rate == "quantile")
-        self.holds_rate = not self.halved
-        self.boundary_calibration = None if self.fixed or self.halved else BoundaryCalibration()
+        self.cut_at_half = not (noise or self.fixed or rate == "quantile")
+        self.holds_rate = not self.cut_at_half
+        self.boundary_calibration = None if self.fixed or self.cut_at_half else BoundaryCalibration()
         if self.fixed and rate != "quantile":
             raise ValueError(f"rate {rate!r} has nothing to hold where the budget is fixed; leave it at quantile")
         if estimator in ("regression", "imitation") and rate != "quantile":
@@ -144,7 +144,7 @@ class DynamicPooling(BoundaryPooling, JointThreshold):
 
         The weights stay. Counts then follow the rate image by image instead of on average, and shapes are static.
         """
-        self.fixed, self.halved, self.holds_rate, self.boundary_calibration = True, False, True, None
+        self.fixed, self.cut_at_half, self.holds_rate, self.boundary_calibration = True, False, True, None
 
     def macs(self, tokens: Tensor, dim: int, num_heads: int) -> Tensor:
         return self.boundary_predictor.macs(tokens, dim, self.compression)
@@ -193,7 +193,7 @@ class DynamicPooling(BoundaryPooling, JointThreshold):
         """Hard starts, shape (T,); what scores are cut at, where a gradient straight through the cut needs it; and in
         training the free scores."""
         straight = self.learns and not (self.regress or self.imitate)
-        if self.halved:
+        if self.cut_at_half:
             cut = scores.new_full((), 0.0 if self.compression > 1 else float("-inf"))
             return (scores > cut).to(scores.dtype), cut if straight else None, None
         calibration = self.boundary_calibration

@@ -44,7 +44,7 @@ class KeyMerging(TokenReducer):
         if not most:
             return Reduction(tokens)
         assert evidence.keys is not None
-        merges = self.losses_of(layout.lengths - layout.num_prefix)
+        merges = self.lost_each(layout.lengths - layout.num_prefix)
         after = layout.resized(layout.lengths - merges, lambda length: length - self.lost(length - layout.num_prefix))
         with torch.autocast(evidence.keys.device.type, enabled=False):
             target = self.match(*keys_in_cells(evidence.keys, layout), merges, most)
@@ -56,7 +56,7 @@ class KeyMerging(TokenReducer):
         """Tokens that an image of so many that are no prefix loses, at most half of them."""
 
     @abstractmethod
-    def losses_of(self, patches: Tensor) -> Tensor:
+    def lost_each(self, patches: Tensor) -> Tensor:
         """:meth:`lost` of each image, on its device, int64, shape (B,)."""
 
     @abstractmethod

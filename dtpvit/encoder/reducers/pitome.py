@@ -66,7 +66,7 @@ class PiToMe(KeyMerging):
         if self.r == 0 or self.ratio == 1:
             return super().macs(tokens, dim, num_heads)
         # All cosines for the energies, then those between the two sides; behind one prefix token.
-        even = self.losses_of(tokens - 1) if self.protect else (tokens / 2).ceil()
+        even = self.lost_each(tokens - 1) if self.protect else (tokens / 2).ceil()
         odd = even if self.protect else tokens - even
         return (tokens**2 + even * odd) * (dim // num_heads)
 
@@ -75,7 +75,7 @@ class PiToMe(KeyMerging):
         assert wished is not None
         return min(wished, patches // 2)
 
-    def losses_of(self, patches: Tensor) -> Tensor:
+    def lost_each(self, patches: Tensor) -> Tensor:
         half = patches // 2
         if self.ratio is None:
             return half.clamp(max=self.r)

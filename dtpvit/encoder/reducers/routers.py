@@ -261,10 +261,11 @@ def entropy_rise(tokens: Tokens, order: Tensor | None) -> Tensor:
         raise ValueError("boundaries at entropy spikes need tokens.pixel_entropy, which VisionEncoder.embed computes")
     layout, image = tokens.layout, tokens.patches.image
     place = layout.first[image] + layout.num_prefix + tokens.source.clamp(min=0)
-    own = tokens.pixel_entropy[:, 0].to(torch.float64).masked_fill(tokens.source < 0, 0.0)
     # Summed in float64, so that the order in which a device adds shows in no digit of the mean.
-    total = own.new_zeros(layout.total).index_add_(0, place, own)
-    entropy = (total / tokens.size).to(torch.float32)
+    own = torch.stack((torch.ones_like(tokens.pixel_entropy[:, 0]), tokens.pixel_entropy[:, 0]), dim=1).double()
+    own = own.masked_fill((tokens.source < 0)[:, None], 0.0)
+    count, total = own.new_zeros(layout.total, 2).index_add_(0, place, own).unbind(1)
+    entropy = (total / count.clamp(min=1)).to(torch.float32)
     entropy = entropy if order is None else entropy[order]
     before = [nn.functional.pad(entropy, (back, 0))[: layout.total] for back in (1, 2)]
     second = layout.position == layout.num_prefix + 1

@@ -50,7 +50,7 @@ class ToMe(KeyMerging):
     def lost(self, patches: int) -> int:
         return min(self.r, patches // 2)
 
-    def losses_of(self, patches: Tensor) -> Tensor:
+    def lost_each(self, patches: Tensor) -> Tensor:
         return (patches // 2).clamp(max=self.r)
 
     def match(self, metric: Tensor, frozen: Tensor, merges: Tensor, most: int) -> Tensor:
