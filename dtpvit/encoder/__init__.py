@@ -2,6 +2,7 @@
 
 from dtpvit.encoder.dual import DualEncoder, VisualTower
 from dtpvit.encoder.encoding import Encoding
+from dtpvit.encoder.image_encoder import ImageEncoder
 from dtpvit.encoder.layout import BlockLayouts, Layout
 from dtpvit.encoder.presets import preset
 from dtpvit.encoder.text import TextTower
@@ -12,6 +13,7 @@ __all__ = [
     "BlockLayouts",
     "DualEncoder",
     "Encoding",
+    "ImageEncoder",
     "Layout",
     "TextTower",
     "Tokens",
