@@ -5,6 +5,7 @@ from dtpvit.encoder.reducers.base import Reduction, TokenReducer
 from dtpvit.encoder.reducers.controls import FixedStride, GridPooling, RandomBoundaries
 from dtpvit.encoder.reducers.dynamic_pooling import DynamicPooling
 from dtpvit.encoder.reducers.tome import ToMe
+from dtpvit.encoder.reducers.windowed_tome import WindowedToMe
 
 __all__ = [
     "DynamicPooling",
@@ -15,4 +16,5 @@ __all__ = [
     "Reduction",
     "ToMe",
     "TokenReducer",
+    "WindowedToMe",
 ]
