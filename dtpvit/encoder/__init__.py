@@ -4,6 +4,7 @@ from dtpvit.encoder.dual import DualEncoder, VisualTower
 from dtpvit.encoder.encoding import Encoding
 from dtpvit.encoder.image_encoder import ImageEncoder
 from dtpvit.encoder.layout import BlockLayouts, Layout
+from dtpvit.encoder.native_segmentation_encoder import NativeSegmentationEncoder
 from dtpvit.encoder.neighbourhood_encoder import NeighbourhoodEncoder
 from dtpvit.encoder.presets import preset
 from dtpvit.encoder.text import TextTower
@@ -16,6 +17,7 @@ __all__ = [
     "Encoding",
     "ImageEncoder",
     "Layout",
+    "NativeSegmentationEncoder",
     "NeighbourhoodEncoder",
     "TextTower",
     "Tokens",

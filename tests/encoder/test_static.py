@@ -11,7 +11,16 @@ from dtpvit.encoder import DualEncoder, Tokens, VisionEncoder, VisualTower
 from dtpvit.encoder.layers import Block
 from dtpvit.encoder.ops.exportable import means_by_product, ranks_by_counting
 from dtpvit.encoder.ops.segments import Segments, pool_segments
-from dtpvit.encoder.reducers import DynamicPooling, Evidence, FixedStride, GridPooling, RandomBoundaries, ToMe
+from dtpvit.encoder.reducers import (
+    DynamicPooling,
+    Evidence,
+    FixedStride,
+    GridPooling,
+    RandomBoundaries,
+    SpatialGrouping,
+    ToMe,
+    WindowedToMe,
+)
 
 
 def fixed(**options):
@@ -31,6 +40,8 @@ ENCODERS = {
     "stride": {"reducers": {1: lambda dim: FixedStride(dim, compression=4, order="serpentine")}},
     "grid": {"reducers": {1: GridPooling}},
     "tome": {"reducers": {block: lambda dim: ToMe(dim, r=7) for block in range(3)}},
+    "windowed tome": {"reducers": {1: lambda dim: WindowedToMe(dim, matching="two_rounds"), 2: WindowedToMe}},
+    "grouping": {"reducers": {1: SpatialGrouping, 2: lambda dim: SpatialGrouping(dim, scope="dense")}},
     "random": {"reducers": {1: lambda dim: RandomBoundaries(dim, compression=4, budget="fixed")}},
 }
 

@@ -6,7 +6,15 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dtpvit.encoder import DualEncoder, VisionEncoder, VisualTower
-from dtpvit.encoder.reducers import DynamicPooling, FixedStride, GridPooling, RandomBoundaries, ToMe
+from dtpvit.encoder.reducers import (
+    DynamicPooling,
+    FixedStride,
+    GridPooling,
+    RandomBoundaries,
+    SpatialGrouping,
+    ToMe,
+    WindowedToMe,
+)
 
 _READS = {"tolist", "item", "__bool__", "__int__", "__float__", "__index__", "numpy"}
 _WAITS = ("_local_scalar_dense", "nonzero.default", "masked_select", "unique", "is_nonzero", "equal.default")
@@ -68,9 +76,24 @@ def encoder(reducers):
         ({1: GridPooling(32, window=2)}, 0),
         ({1: RandomBoundaries(32, compression=4)}, 1),
         ({0: ToMe(32, r=9), 1: ToMe(32, r=9)}, 0),
+        ({1: WindowedToMe(32), 2: WindowedToMe(32, matching="parts")}, 0),
+        ({1: SpatialGrouping(32), 2: SpatialGrouping(32, scope="dense")}, 0),
         ({1: DynamicPooling(32, compression=2), 2: ToMe(32, r=3), 3: ToMe(32, r=3)}, 1),
     ],
-    ids=["dense", "dynamic", "cosine", "twice", "fixed budget", "stride", "grid", "random", "tome", "tome, ragged"],
+    ids=[
+        "dense",
+        "dynamic",
+        "cosine",
+        "twice",
+        "fixed budget",
+        "stride",
+        "grid",
+        "random",
+        "tome",
+        "windowed tome",
+        "grouping",
+        "tome, ragged",
+    ],
 )
 def test_one_wait_a_reducer(reducers, expected, training):
     model = encoder(reducers).train(training)

@@ -4,6 +4,7 @@ from dtpvit.encoder.evidence import Evidence
 from dtpvit.encoder.reducers.base import Reduction, TokenReducer
 from dtpvit.encoder.reducers.controls import FixedStride, GridPooling, RandomBoundaries
 from dtpvit.encoder.reducers.dynamic_pooling import DynamicPooling
+from dtpvit.encoder.reducers.spatial_grouping import SpatialGrouping
 from dtpvit.encoder.reducers.tome import ToMe
 from dtpvit.encoder.reducers.windowed_tome import WindowedToMe
 
@@ -14,6 +15,7 @@ __all__ = [
     "GridPooling",
     "RandomBoundaries",
     "Reduction",
+    "SpatialGrouping",
     "ToMe",
     "TokenReducer",
     "WindowedToMe",

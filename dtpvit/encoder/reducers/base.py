@@ -41,6 +41,7 @@ class TokenReducer(nn.Module, ABC):
         place: Where it acts: ``"before"`` its block, or ``"inside"``, between the block's attention and its MLP.
         needs: What of its block's attention it goes by; only a reducer inside a block can have it.
         drops: Whether patches may be lost.
+        averages: Whether a token is the weighted mean of the patches whose source names it.
         draws: When it makes random choices, as a function of ``tokens.seed``.
         fixed: Whether images of equal length keep equally many tokens, so that shapes are static.
     """
@@ -48,6 +49,7 @@ class TokenReducer(nn.Module, ABC):
     place: Literal["before", "inside"] = "before"
     needs: frozenset[Need] = frozenset()
     drops: bool = False
+    averages: bool = True
     draws: Literal["never", "training", "always"] = "never"
     fixed: bool = False
 
