@@ -2,7 +2,10 @@
 
 from dtpvit.encoder.dual import DualEncoder, VisualTower
 from dtpvit.encoder.encoding import Encoding
+from dtpvit.encoder.image_encoder import ImageEncoder
 from dtpvit.encoder.layout import BlockLayouts, Layout
+from dtpvit.encoder.native_segmentation_encoder import NativeSegmentationEncoder
+from dtpvit.encoder.neighbourhood_encoder import NeighbourhoodEncoder
 from dtpvit.encoder.presets import preset
 from dtpvit.encoder.text import TextTower
 from dtpvit.encoder.tokens import Tokens
@@ -12,7 +15,10 @@ __all__ = [
     "BlockLayouts",
     "DualEncoder",
     "Encoding",
+    "ImageEncoder",
     "Layout",
+    "NativeSegmentationEncoder",
+    "NeighbourhoodEncoder",
     "TextTower",
     "Tokens",
     "VisionEncoder",

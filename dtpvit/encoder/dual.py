@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize as unit
 
 from dtpvit.encoder.encoding import Encoding
+from dtpvit.encoder.image_encoder import ImageEncoder
 from dtpvit.encoder.text import TextTower
-from dtpvit.encoder.vision import VisionEncoder
 
 __all__ = ["DualEncoder", "VisualTower"]
 
@@ -26,7 +26,7 @@ class VisualTower(nn.Module):
         embed_dim: Width of the shared space.
     """
 
-    def __init__(self, trunk: VisionEncoder, embed_dim: int) -> None:
+    def __init__(self, trunk: ImageEncoder, embed_dim: int) -> None:
         super().__init__()
         self.trunk = trunk
         self.head = nn.Sequential(OrderedDict(proj=nn.Linear(trunk.dim, embed_dim, bias=False)))
@@ -38,7 +38,7 @@ class VisualTower(nn.Module):
     def encode(
         self, images: Tensor, *, seeds: Tensor | None = None, thresholds: Mapping[int, Tensor] | None = None
     ) -> tuple[Tensor, Encoding]:
-        """Features, shape (B, embed_dim), not normalised, and the encoding; see :meth:`VisionEncoder.forward`."""
+        """Features, shape (B, embed_dim), not normalised, and the encoding; see :meth:`ImageEncoder.forward`."""
         encoding = self.trunk(images, seeds=seeds, thresholds=thresholds)
         return self.head(encoding.pooled), encoding
 

@@ -11,8 +11,7 @@ from torch import Tensor
 from dtpvit.encoder.evidence import Evidence
 from dtpvit.encoder.layers import Block
 from dtpvit.encoder.layout import BlockLayouts
-from dtpvit.encoder.ops.noise import advance_seed
-from dtpvit.encoder.reducers.base import Reduction, TokenReducer
+from dtpvit.encoder.reducers.base import Reduction, TokenReducer, reseeded
 from dtpvit.encoder.tokens import Tokens
 
 __all__ = ["EnteredBlock", "enter"]
@@ -73,18 +72,13 @@ def enter(
         else:
             found = block.attn(fewer.features, fewer.layout, fewer.key_bias, policy=fewer.policy)[0]
             found = found if restore is None else restore(found)
-        return block.feed_forward(block.add(tokens, found))
+        return block.feed_forward(block.add(tokens, block.ls1(found)))
 
     return EnteredBlock(replace(tokens, seed=fewer.seed), rest, layouts, reduction)
 
 
 def _reduced(reducer: TokenReducer, tokens: Tokens, evidence: Evidence) -> Reduction:
-    """With a fresh seed for the next reducer, where this one may have drawn from it."""
-    reduction = reducer(tokens, evidence)
-    seed = reduction.tokens.seed
-    if seed is None or reducer.draws == "never":
-        return reduction
-    return replace(reduction, tokens=replace(reduction.tokens, seed=advance_seed(seed)))
+    return reseeded(reducer, reducer(tokens, evidence))
 
 
 def _restoring(part: Part, tokens: Tokens, reduction: Reduction) -> Part:

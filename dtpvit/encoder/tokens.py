@@ -84,6 +84,10 @@ class Tokens:
         """The same tokens with other features, shape (T, D')."""
         return replace(self, features=features)
 
+    def on_grid(self, grid: tuple[int, int]) -> Tokens:
+        """The same tokens, known to form a grid of so many rows and columns."""
+        return replace(self, grid=grid)
+
     def regrouped(
         self, features: Tensor, destination: Tensor, layout: Layout, size: Tensor, *, proportional: bool
     ) -> Tokens:

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from dtpvit.encoder.cost import ImageCost
 from dtpvit.encoder.encoding import Encoding
 from dtpvit.encoder.entering import EnteredBlock, enter
+from dtpvit.encoder.image_encoder import ImageEncoder, patch_grid
 from dtpvit.encoder.layers import Block, PatchEmbed, resize_position_embedding
 from dtpvit.encoder.layout import BlockLayouts, Layout
 from dtpvit.encoder.ops.entropy import pixel_entropy
-from dtpvit.encoder.ops.exportable import means_by_product
-from dtpvit.encoder.ops.noise import checksum, draw_seeds
-from dtpvit.encoder.ops.segments import Segments, pool_segments
 from dtpvit.encoder.reducers.base import TokenReducer
 from dtpvit.encoder.tokens import Tokens
 
@@ -25,8 +23,9 @@ __all__ = ["VisionEncoder"]
 ReducerMaker = Callable[[int], TokenReducer]
 
 
-class VisionEncoder(nn.Module):
+class VisionEncoder(ImageEncoder):
     """A pre-norm Vision Transformer with token reducers before its blocks or in them.
+
 
     Without reducers it equals timm's ``vit_*`` models and, with ``pre_norm``, no ``patch_bias`` and eps 1e-5, the
     visual trunks of CLIP; parameter names are timm's.
@@ -53,6 +52,8 @@ class VisionEncoder(nn.Module):
             attention needs evidence of it.
     """
 
+    num_prefix = 1
+
     def __init__(
         self,
         *,
@@ -71,12 +72,10 @@ class VisionEncoder(nn.Module):
         drop_path: float = 0.0,
         in_channels: int = 3,
     ) -> None:
-        super().__init__()
-        if readout not in ("class", "mean"):
-            raise ValueError(f"readout is {readout!r}; expected class or mean")
-        self.dim, self.depth, self.readout = dim, depth, readout
-        self.image_size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-        self.grid_size = _grid(self.image_size, patch_size)
+        super().__init__(
+            image_size=image_size, patch_size=patch_size, dim=dim, readout=readout, in_channels=in_channels
+        )
+        self.depth = depth
         self.patch_embed = PatchEmbed(dim, patch_size=patch_size, in_channels=in_channels, bias=patch_bias)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid_size[0] * self.grid_size[1], dim))
@@ -96,7 +95,6 @@ class VisionEncoder(nn.Module):
             if made.place != "inside" and within:
                 raise ValueError(f"{type(made).__name__} acts before attention and needs {sorted(within)} of it")
             self.reducers[str(block)] = made
-        self.grad_checkpointing = False
 
     def _init_weights(self) -> None:
         # At width 768 this is the usual 0.02. Kept at narrow widths, that number leaves attention uniform and positions
@@ -109,20 +107,10 @@ class VisionEncoder(nn.Module):
                 nn.init.zeros_(module.bias)
 
     @property
-    def needs_seed(self) -> bool:
-        """Whether a reducer makes random choices in the present mode."""
-        when = ("training", "always") if self.training else ("always",)
-        return any(isinstance(reducer, TokenReducer) and reducer.draws in when for reducer in self.reducers.values())
-
-    @property
     def needs_pixel_entropy(self) -> bool:
         """Whether a reducer goes by the pixels of the patches, which only the image knows."""
         made = self.reducers.values()
         return any(isinstance(reducer, TokenReducer) and "pixel_entropy" in reducer.needs for reducer in made)
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block in the backward pass instead of keeping its activations."""
-        self.grad_checkpointing = enable
 
     def set_input_size(
         self, image_size: int | tuple[int, int] | None = None, img_size: int | tuple[int, int] | None = None
@@ -136,7 +124,7 @@ class VisionEncoder(nn.Module):
         if size is None:
             return
         pixels = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
-        grid = _grid(pixels, self.patch_embed.patch_size)
+        grid = patch_grid(pixels, self.patch_embed.patch_size)
         resized = resize_position_embedding(self.pos_embed.detach(), self.grid_size, grid, num_prefix=1)
         self.pos_embed = nn.Parameter(resized, requires_grad=self.pos_embed.requires_grad)
         self.image_size, self.grid_size = pixels, grid
@@ -151,11 +139,7 @@ class VisionEncoder(nn.Module):
         Raises:
             ValueError: If the images have another size.
         """
-        if tuple(images.shape[-2:]) != self.image_size:
-            found, wanted = "x".join(map(str, images.shape[-2:])), "x".join(map(str, self.image_size))
-            raise ValueError(f"images are {found}, the encoder was made for {wanted}; use set_input_size")
-        if seeds is None and self.needs_seed:
-            seeds = draw_seeds(len(images), images.device) if self.training else checksum(images)
+        seeds = self.checked_seeds(images, seeds)
         entropy = pixel_entropy(images, self.patch_embed.patch_size) if self.needs_pixel_entropy else None
         x = self.patch_embed(images)
         x = torch.cat((self.cls_token.to(x.dtype).expand(x.shape[0], -1, -1), x), dim=1) + self.pos_embed
@@ -165,14 +149,6 @@ class VisionEncoder(nn.Module):
     def forward(
         self, images: Tensor, *, seeds: Tensor | None = None, thresholds: Mapping[int, Tensor] | None = None
     ) -> Encoding:
-        """Encode a batch.
-
-        Args:
-            images: Normalised, shape (B, C, H, W).
-            seeds: One int64 an image from which its noise in training follows, shape (B,); drawn from torch's
-                generator where absent. In evaluation a checksum of the image stands in.
-            thresholds: Training thresholds by block, where the caller fixes them (see :class:`Evidence`).
-        """
         tokens = self.embed(images, seeds)
         losses: dict[str, Tensor] = {}
         layouts: list[BlockLayouts] = []
@@ -219,25 +195,6 @@ class VisionEncoder(nn.Module):
             tokens = self._run(entered.rest, entered.tokens)
         raise ValueError(f"block {index} has no reducer")
 
-    def after_backward(self) -> None:
-        """To be called once a training step's gradients are complete, before the optimizer's step."""
-        for reducer in self.reducers.values():
-            assert isinstance(reducer, TokenReducer)
-            reducer.after_backward()
-
-    def read_out(self, tokens: Tokens) -> Tensor:
-        """One vector an image from normed tokens, shape (B, D)."""
-        layout = tokens.layout
-        if self.readout == "class":
-            return tokens.prefix_features()[:, 0]
-        weight = tokens.size.masked_fill(layout.prefix, 0.0)
-        weight = weight if tokens.policy is None else weight * tokens.policy
-        total = torch.zeros(layout.batch, device=weight.device).index_add_(0, layout.image, weight.detach())
-        images = Segments(layout.image, layout.first, None, layout.opening, weight, total.clamp(min=1.0))
-        if torch.compiler.is_exporting():
-            return means_by_product(tokens.features, images, layout.batch)
-        return pool_segments(tokens.features, torch.zeros_like(weight), images)
-
     def enter_block(self, index: int, tokens: Tokens, threshold: Tensor | None = None) -> EnteredBlock:
         """Block ``index`` up to and including its reducer; ``threshold`` as in :class:`Evidence`."""
         block = self.blocks[index]
@@ -248,18 +205,43 @@ class VisionEncoder(nn.Module):
         assert isinstance(reducer, TokenReducer)
         return enter(block, reducer, tokens, threshold=threshold, run=self._run)
 
-    def _run(self, part: Callable[..., Any], *arguments: Any) -> Any:
-        """A part of a block, recomputed in the backward pass if so wished."""
-        if self.grad_checkpointing and torch.is_grad_enabled():
-            return checkpoint(part, *arguments, use_reentrant=False)
-        return part(*arguments)
+    def cost(self, layouts: tuple[BlockLayouts, ...]) -> ImageCost:
+        start = layouts[0].arrived.lengths.to(torch.float64)
+        full, reduced, reducers = (torch.zeros_like(start) for _ in range(3))
+        shortened = False
+        for index, (block, seen) in enumerate(zip(self.blocks, layouts, strict=True)):
+            assert isinstance(block, Block)
+            asking, asked = seen.attention.lengths.to(torch.float64), seen.keys.lengths.to(torch.float64)
+            reducer = self.reducers[str(index)] if str(index) in self.reducers else None
+            inside = False
+            if reducer is not None:
+                assert isinstance(reducer, TokenReducer)
+                inside = reducer.place == "inside"
+                arrived = seen.arrived.lengths.to(torch.float64)
+                reducers += _reducer_macs(reducer, arrived, self.dim, block.attn.num_heads)
+                reducers += reducer.output_macs(seen.reduced.lengths.to(torch.float64), self.dim)
+                shortened = shortened or not inside
+            part = reduced if shortened else full
+            part += block.attn.macs(asking, asked)
+            shortened = shortened or inside
+            part = reduced if shortened else full
+            part += block.mlp.macs(seen.mlp.lengths.to(torch.float64))
+        return ImageCost(torch.full_like(start, self._patch_macs), full, reducers, reduced, torch.zeros_like(start))
+
+    def dense_macs(self) -> float:
+        tokens = torch.tensor(self.grid_size[0] * self.grid_size[1] + 1.0, dtype=torch.float64)
+        blocks = (block for block in self.blocks if isinstance(block, Block))
+        return self._patch_macs + float(sum(block.attn.macs(tokens) + block.mlp.macs(tokens) for block in blocks))
+
+    @property
+    def _patch_macs(self) -> int:
+        return self.patch_embed.proj.weight.numel() * self.grid_size[0] * self.grid_size[1]
 
 
-def _grid(image_size: tuple[int, ...], patch_size: int) -> tuple[int, int]:
-    rows, columns = (side // patch_size for side in image_size)
-    if (rows * patch_size, columns * patch_size) != tuple(image_size) or not rows * columns:
-        raise ValueError(f"image size {image_size[0]}x{image_size[1]} is not a multiple of the patch size {patch_size}")
-    return rows, columns
+def _reducer_macs(reducer: TokenReducer, tokens: Tensor, dim: int, num_heads: int) -> Tensor:
+    """Of the decision, and of the evidence for it: keys are there anyway, the class token's row is one more product."""
+    evidence = tokens * dim if "class_attention" in reducer.needs else torch.zeros_like(tokens)
+    return reducer.macs(tokens, dim, num_heads) + evidence
 
 
 def _patch_tokens(layout: Layout) -> int:

@@ -1,70 +1,25 @@
-"""Multiply-accumulates from the token counts that each block really saw, never by tracing.
+"""Multiply-accumulates of an encoder with what stands behind it, of a text tower, and of models that are not ours.
 
-GMACs are multiply-accumulates / 1e9; two FLOPs each. Additions, norms, activations and softmax are left out, as is
-customary. On n tokens of width D the attention half of a block costs 4 n D^2 + 2 n^2 D, and where the n ask m others
-2 (n + m) D^2 + 2 n m D; its MLP half 2 r n D^2 with MLP ratio r.
+GMACs are multiply-accumulates / 1e9; two FLOPs each. What counts is said in :mod:`dtpvit.encoder.cost`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from dtpvit.encoder import BlockLayouts, Encoding, VisionEncoder
-from dtpvit.encoder.layers import Block
-from dtpvit.encoder.reducers import TokenReducer
+from dtpvit.encoder import BlockLayouts, Encoding, ImageEncoder
+from dtpvit.encoder.cost import ImageCost, attention_macs, mlp_macs
 from dtpvit.encoder.text import TextTower
 
-__all__ = ["ImageCost", "counted_macs", "dense_macs", "image_cost", "image_macs", "text_macs"]
+__all__ = ["counted_macs", "dense_macs", "image_cost", "image_macs", "text_macs"]
 
 
-@dataclass(frozen=True)
-class ImageCost:
-    """MACs of each image by part, each float64 of shape (B,).
-
-    Attributes:
-        patch_embed: Patch projection.
-        full_blocks: Transformer blocks, or halves of them, before the first reducer.
-        reducers: Boundary predictors and the like, and the evidence they go by.
-        reduced_blocks: Transformer blocks, or halves of them, behind the first reducer.
-        projection: Into the space shared with text, or to the classes.
-    """
-
-    patch_embed: Tensor
-    full_blocks: Tensor
-    reducers: Tensor
-    reduced_blocks: Tensor
-    projection: Tensor
-
-    @property
-    def total(self) -> Tensor:
-        return self.patch_embed + self.full_blocks + self.reducers + self.reduced_blocks + self.projection
-
-    @property
-    def training(self) -> Tensor:
-        """Forward and backward: thrice the forward pass, but pixels need no gradient."""
-        return 3 * self.total - self.patch_embed
-
-
-def _attention_macs(dim: int, tokens: Tensor, keys: Tensor) -> Tensor:
-    return 2 * (tokens + keys) * dim * dim + 2 * tokens * keys * dim
-
-
-def _mlp_macs(dim: int, hidden: int, tokens: Tensor) -> Tensor:
-    return 2 * tokens * dim * hidden
-
-
-def _reducer_macs(reducer: TokenReducer, tokens: Tensor, dim: int, num_heads: int) -> Tensor:
-    """Of the decision, and of the evidence for it: keys are there anyway, the class token's row is one more product."""
-    evidence = tokens * dim if "class_attention" in reducer.needs else torch.zeros_like(tokens)
-    return reducer.macs(tokens, dim, num_heads) + evidence
-
-
-def image_cost(trunk: VisionEncoder, layouts: tuple[BlockLayouts, ...], embed_dim: int = 0) -> ImageCost:
+def image_cost(trunk: ImageEncoder, layouts: tuple[BlockLayouts, ...], embed_dim: int = 0) -> ImageCost:
     """Cost of each image of a batch.
 
     Args:
@@ -72,46 +27,18 @@ def image_cost(trunk: VisionEncoder, layouts: tuple[BlockLayouts, ...], embed_di
         layouts: What the parts of each block saw, from :class:`dtpvit.encoder.Encoding`.
         embed_dim: Outputs of the projection behind the encoder, 0 for none.
     """
-    start = layouts[0].arrived.lengths.to(torch.float64)
-    patches = trunk.grid_size[0] * trunk.grid_size[1]
-    patch = trunk.patch_embed.proj.weight.numel() * patches
-    full, reduced, reducers = (torch.zeros_like(start) for _ in range(3))
-    shortened = False
-    for index, (block, seen) in enumerate(zip(trunk.blocks, layouts, strict=True)):
-        assert isinstance(block, Block)
-        asking, asked = seen.attention.lengths.to(torch.float64), seen.keys.lengths.to(torch.float64)
-        reducer = trunk.reducers[str(index)] if str(index) in trunk.reducers else None
-        inside = False
-        if reducer is not None:
-            assert isinstance(reducer, TokenReducer)
-            inside = reducer.place == "inside"
-            arrived = seen.arrived.lengths.to(torch.float64)
-            reducers += _reducer_macs(reducer, arrived, trunk.dim, block.attn.num_heads)
-            reducers += reducer.output_macs(seen.reduced.lengths.to(torch.float64), trunk.dim)
-            shortened = shortened or not inside
-        part = reduced if shortened else full
-        part += _attention_macs(trunk.dim, asking, asked)
-        shortened = shortened or inside
-        part = reduced if shortened else full
-        part += _mlp_macs(trunk.dim, block.mlp.fc1.out_features, seen.mlp.lengths.to(torch.float64))
-    projection = torch.full_like(start, trunk.dim * embed_dim)
-    return ImageCost(torch.full_like(start, patch), full, reducers, reduced, projection)
+    cost = trunk.cost(layouts)
+    return replace(cost, projection=torch.full_like(cost.patch_embed, trunk.dim * embed_dim))
 
 
-def image_macs(trunk: VisionEncoder, encoding: Encoding, embed_dim: int = 0) -> Tensor:
+def image_macs(trunk: ImageEncoder, encoding: Encoding, embed_dim: int = 0) -> Tensor:
     """MACs of each image, all parts together, float64, shape (B,)."""
     return image_cost(trunk, encoding.layouts, embed_dim).total
 
 
-def dense_macs(trunk: VisionEncoder, embed_dim: int = 0) -> float:
+def dense_macs(trunk: ImageEncoder, embed_dim: int = 0) -> float:
     """MACs of an image if no token were reduced."""
-    tokens = torch.tensor([trunk.grid_size[0] * trunk.grid_size[1] + 1.0], dtype=torch.float64)
-    total = trunk.patch_embed.proj.weight.numel() * (tokens - 1) + trunk.dim * embed_dim
-    for block in trunk.blocks:
-        assert isinstance(block, Block)
-        total = total + _attention_macs(trunk.dim, tokens, tokens)
-        total = total + _mlp_macs(trunk.dim, block.mlp.fc1.out_features, tokens)
-    return float(total)
+    return trunk.dense_macs() + trunk.dim * embed_dim
 
 
 def text_macs(tower: TextTower, lengths: Tensor) -> Tensor:
@@ -126,7 +53,7 @@ def text_macs(tower: TextTower, lengths: Tensor) -> Tensor:
     """
     tokens = lengths.to(torch.float64)
     width, embed_dim = tower.text_projection.shape
-    block = _attention_macs(width, tokens, tokens) + _mlp_macs(width, 4 * width, tokens)
+    block = attention_macs(width, tokens) + mlp_macs(width, 4 * width, tokens)
     return len(tower.transformer.resblocks) * block + width * embed_dim
 
 

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from dtpvit.datamodules.real_images import real_images
 from dtpvit.datamodules.transforms import eval_transform
-from dtpvit.encoder import BlockLayouts, DualEncoder, Encoding, VisionEncoder
+from dtpvit.encoder import BlockLayouts, DualEncoder, Encoding, ImageEncoder
 from dtpvit.errors import UserError
 from dtpvit.evaluation.cost import counted_macs, image_cost
 from dtpvit.interop.image_models import ImageClassifier, create_classifier, load_classifier
 from dtpvit.interop.loading import LoadedClip, is_classifier, load_clip
 from dtpvit.interop.model_config import NAMES, trunk_config
-from dtpvit.interop.timm_models import TRUNKS, TimmVisionEncoder
+from dtpvit.interop.timm_models import TRUNKS, TimmEncoder
 from dtpvit.interop.weight_files import read_checkpoint
 
 __all__ = ["Tower", "dense_counterpart", "load_tower"]
@@ -51,7 +51,7 @@ class Tower:
     name: str
     model: str
     image: nn.Module
-    trunk: VisionEncoder | None
+    trunk: ImageEncoder | None
     embed_dim: int
     whole: nn.Module
     image_size: tuple[int, int]
@@ -223,7 +223,7 @@ def _timm_dense(tower: Tower) -> Tower | None:
 def _of_timm(name: str, model: nn.Module) -> Tower:
     about: dict[str, Any] = model.pretrained_cfg  # pyright: ignore[reportAssignmentType]
     _, height, width = about["input_size"]
-    ours = isinstance(model, TimmVisionEncoder)
+    ours = isinstance(model, TimmEncoder)
     return Tower(
         name=name,
         model=name,

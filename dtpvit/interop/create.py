@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dtpvit.encoder import DualEncoder, VisionEncoder, VisualTower, preset
+from dtpvit import encoder as built_in
+from dtpvit.encoder import DualEncoder, ImageEncoder, VisionEncoder, VisualTower, preset
 from dtpvit.errors import UserError
 from dtpvit.interop.dense_weights import load_dense
 from dtpvit.interop.model_config import model_config, trunk_config
@@ -17,23 +19,60 @@ from dtpvit.interop.reducer_config import reducer_makers
 __all__ = ["build_clip", "build_trunk", "create_clip", "create_encoder"]
 
 logger = logging.getLogger(__name__)
-Trunk = TypeVar("Trunk", bound=VisionEncoder)
+Trunk = TypeVar("Trunk", bound=ImageEncoder)
 
 
-def build_trunk(vision: Mapping[str, Any], cls: type[Trunk] = VisionEncoder, **overrides: Any) -> Trunk:
+def _as_it_is(cls: type[ImageEncoder]) -> type[ImageEncoder]:
+    return cls
+
+
+def build_trunk(
+    vision: Mapping[str, Any], kind: Callable[[type[ImageEncoder]], type[Trunk]] = _as_it_is, **overrides: Any
+) -> Trunk:
     """An encoder from a plain vision config (see :mod:`dtpvit.interop.model_config`).
+
+    Args:
+        vision: Arguments of :class:`dtpvit.encoder.VisionEncoder`, of which ``preset`` may give all that the others do
+            not; or ``encoder: {class_path: ..., init_args: {...}}`` alone, of any other encoder, where a class path
+            without a dot names a class of :mod:`dtpvit.encoder`.
+        kind: What is built in place of the class.
+        **overrides: Further arguments of that.
 
     Raises:
         UserError: If an entry is unknown or does not fit.
     """
-    arguments = {**vision, **overrides}
+    given = dict(vision)
+    if "encoder" in given:
+        cls, arguments = _named_encoder(given)
+    else:
+        cls, arguments = VisionEncoder, given
+    arguments |= overrides
     name = arguments.pop("preset", None)
     try:
         arguments = {**(preset(name) if name else {}), **arguments}
-        arguments["reducers"] = reducer_makers(arguments.get("reducers"))
-        return cls(**arguments)
+        if cls is VisionEncoder:
+            arguments["reducers"] = reducer_makers(arguments.get("reducers"))
+        return kind(cls)(**arguments)
     except (TypeError, ValueError) as error:
         raise UserError(f"the vision config does not build: {error}") from error
+
+
+def _named_encoder(vision: dict[str, Any]) -> tuple[type[ImageEncoder], dict[str, Any]]:
+    """Class and arguments behind the entry ``encoder``."""
+    entry = vision.pop("encoder")
+    if vision:
+        raise UserError(f"the vision config has encoder beside {sorted(vision)}; put arguments under its init_args")
+    if not isinstance(entry, Mapping) or "class_path" not in entry or set(entry) - {"class_path", "init_args"}:
+        raise UserError(f"an encoder is given as {entry!r}; expected class_path and, where needed, init_args")
+    module_name, _, name = str(entry["class_path"]).rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module_name) if module_name else built_in, name, None)
+    except ImportError as error:
+        raise UserError(f"encoder {entry['class_path']!r} cannot be imported: {error}") from error
+    if not (isinstance(found, type) and issubclass(found, ImageEncoder)):
+        known = [n for n in built_in.__all__ if n.endswith("Encoder") and n not in ("DualEncoder", "ImageEncoder")]
+        raise UserError(f"{entry['class_path']!r} is no image encoder; dtpvit has {', '.join(known)}")
+    return found, dict(entry.get("init_args") or {})
 
 
 def build_clip(config: Mapping[str, Any]) -> DualEncoder:
@@ -83,6 +122,7 @@ def create_encoder(
     if reducers is not None:
         overrides["reducers"] = reducers
     encoder = build_trunk(vision, **overrides)
+    assert isinstance(encoder, VisionEncoder)
     if init is not None:
         logger.warning("%s", load_dense(encoder, init))
     return encoder

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dtpvit.encoder import DualEncoder, VisionEncoder
+from dtpvit.encoder import DualEncoder, ImageEncoder
 from dtpvit.encoder.layers import QuickGELU, resize_position_embedding
 from dtpvit.errors import UserError
 from dtpvit.interop.weight_files import read_checkpoint, state_of
@@ -120,7 +120,7 @@ def _read(source: str | Path) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def load_dense(model: VisionEncoder | DualEncoder, source: str | Path) -> Transfer:
+def load_dense(model: ImageEncoder | DualEncoder, source: str | Path) -> Transfer:
     """Set the tensors of ``model`` for which ``source`` has a match; the position embedding is resampled.
 
     Args:
@@ -131,8 +131,8 @@ def load_dense(model: VisionEncoder | DualEncoder, source: str | Path) -> Transf
     Raises:
         UserError: If the source cannot be read, has another width, or shares no tensor with the model.
     """
-    prefix = "visual.trunk." if isinstance(model, VisionEncoder) else ""
-    trunk = model if isinstance(model, VisionEncoder) else model.visual.trunk
+    prefix = "visual.trunk." if isinstance(model, ImageEncoder) else ""
+    trunk = model if isinstance(model, ImageEncoder) else model.visual.trunk
     state = to_our_names(_read(source))
     transfer = Transfer(str(source))
     mine = {prefix + name: tensor for name, tensor in model.state_dict().items()}
@@ -141,7 +141,7 @@ def load_dense(model: VisionEncoder | DualEncoder, source: str | Path) -> Transf
             transfer.left[name] = "this model has no such tensor"
             continue
         if name == "visual.trunk.pos_embed":
-            value = _fit_positions(value, trunk)
+            value = _fit_positions(value, trunk, mine[name])
         if value.shape != mine[name].shape:
             found, wanted = tuple(value.shape), tuple(mine[name].shape)
             if name == "visual.trunk.norm.weight":
@@ -161,8 +161,8 @@ def load_dense(model: VisionEncoder | DualEncoder, source: str | Path) -> Transf
     return transfer
 
 
-def _fit_positions(embedding: Tensor, trunk: VisionEncoder) -> Tensor:
-    if embedding.shape[-1] != trunk.dim or embedding.shape == trunk.pos_embed.shape:
+def _fit_positions(embedding: Tensor, trunk: ImageEncoder, wanted: Tensor) -> Tensor:
+    if embedding.shape[-1] != trunk.dim or embedding.shape == wanted.shape:
         return embedding
     side = round((embedding.shape[1] - 1) ** 0.5)
     if side * side != embedding.shape[1] - 1:

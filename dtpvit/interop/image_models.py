@@ -17,7 +17,7 @@ from dtpvit.errors import UserError
 from dtpvit.interop.create import build_trunk
 from dtpvit.interop.loading import is_classifier, load_state
 from dtpvit.interop.model_config import trunk_config
-from dtpvit.interop.timm_models import TimmVisionEncoder
+from dtpvit.interop.timm_models import TimmEncoder, timm_class
 from dtpvit.interop.weight_files import read_checkpoint, state_of
 
 __all__ = [
@@ -41,7 +41,7 @@ class ImageClassifier:
         std: Channel standard deviations, likewise.
     """
 
-    model: TimmVisionEncoder
+    model: TimmEncoder
     name: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -53,7 +53,7 @@ def vision_config(model: str | Mapping[str, Any]) -> dict[str, Any]:
     Args:
         model: timm's name of a dense model (``deit_tiny_patch16_224``), one of ours
             (``dtp_vit_base_patch32_clip_224_10x``), or arguments of :class:`dtpvit.encoder.VisionEncoder`, of which
-            ``preset`` or ``name`` may give all that the others do not.
+            ``preset`` or ``name`` may give all that the others do not; or ``encoder``, of another class.
 
     Raises:
         UserError: If it is neither, or a name begins like one of ours and is none.
@@ -67,7 +67,7 @@ def vision_config(model: str | Mapping[str, Any]) -> dict[str, Any]:
     return given if name is None else {**vision_config(str(name)), **given}
 
 
-def image_model(model: str | Mapping[str, Any], num_classes: int) -> TimmVisionEncoder:
+def image_model(model: str | Mapping[str, Any], num_classes: int) -> TimmEncoder:
     """A classifier whose state dict has timm's names.
 
     The new classifier starts as timm's does: weights of standard deviation 0.02, biases at 0.
@@ -81,7 +81,7 @@ def image_model(model: str | Mapping[str, Any], num_classes: int) -> TimmVisionE
     """
     if not isinstance(num_classes, int) or num_classes < 2:
         raise UserError(f"num_classes is {num_classes!r}; expected at least 2")
-    built = build_trunk(vision_config(model), TimmVisionEncoder, num_classes=num_classes)
+    built = build_trunk(vision_config(model), timm_class, num_classes=num_classes)
     assert isinstance(built.head, nn.Linear)
     nn.init.trunc_normal_(built.head.weight, std=0.02)
     nn.init.zeros_(built.head.bias)

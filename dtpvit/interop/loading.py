@@ -11,7 +11,7 @@ from typing import Any
 from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from torch import Tensor, nn
 
-from dtpvit.encoder import VisionEncoder
+from dtpvit.encoder import ImageEncoder
 from dtpvit.errors import UserError
 from dtpvit.interop.create import build_clip
 from dtpvit.interop.model_config import NAMES, PATTERN, from_open_clip, model_config
@@ -173,7 +173,7 @@ def _from_open_clip(name: str, checkpoint: str | Path | None) -> LoadedClip:
 def _with_packed_towers(name: str, model: nn.Module) -> nn.Module:
     """The same weights in our dual encoder where a folder holds one of our trunks, else the model itself."""
     config = Path(name.removeprefix("local-dir:")) / "open_clip_config.json"
-    if not isinstance(getattr(model.visual, "trunk", None), VisionEncoder) or not config.is_file():
+    if not isinstance(getattr(model.visual, "trunk", None), ImageEncoder) or not config.is_file():
         return model
     clip = build_clip(from_open_clip(json.loads(config.read_text())["model_cfg"]))
     clip.load_state_dict(model.state_dict())

@@ -7,6 +7,7 @@ A config is a plain mapping::
     text: {context_length: 77, vocab_size: 49408, width: 512, heads: 8, layers: 12}
     init_logit_scale, init_logit_bias: optional
 
+``vision: {encoder: {class_path: NeighbourhoodEncoder, init_args: {...}}}`` is an encoder of another class, and
 ``name: DTP-ViT-B-32-10x`` starts from a published name, whose entries the others then replace.
 """
 
@@ -113,7 +114,8 @@ def model_config(model: str | Mapping[str, Any]) -> dict[str, Any]:
     if unknown:
         raise UserError(f"the model config has the unknown entries {sorted(unknown)}; expected {sorted(_KEYS)}")
     for key, value in given.items():
-        config[key] = {**config.get(key, {}), **value} if isinstance(value, Mapping) else value
+        started = {} if isinstance(value, Mapping) and "encoder" in value else config.get(key, {})
+        config[key] = {**started, **value} if isinstance(value, Mapping) else value
     missing = {"embed_dim", "vision", "text"} - set(config)
     if missing:
         raise UserError(f"the model config lacks {sorted(missing)}; give them, or start from name: {NAMES[0]}")
@@ -140,7 +142,8 @@ def replaced(
 def to_open_clip(config: Mapping[str, Any]) -> dict[str, Any]:
     """open_clip's ``model_cfg`` for a config, which ``open_clip.create_model`` builds once dtpvit is imported."""
     vision = config["vision"]
-    size = vision.get("image_size") or preset(vision["preset"])["image_size"]
+    given = vision["encoder"].get("init_args", {}) if "encoder" in vision else vision
+    size = given.get("image_size") or (preset(vision["preset"])["image_size"] if "preset" in vision else 224)
     model = {
         "embed_dim": config["embed_dim"],
         "vision_cfg": {

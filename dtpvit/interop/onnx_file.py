@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dtpvit.encoder import VisionEncoder, VisualTower
+from dtpvit.encoder import ImageEncoder, VisualTower
 from dtpvit.encoder.reducers import TokenReducer
 from dtpvit.errors import UserError
 
@@ -26,7 +26,7 @@ _TOLERANCE = 1e-4
 
 
 class _Features(nn.Module):
-    def __init__(self, encoder: VisionEncoder | VisualTower) -> None:
+    def __init__(self, encoder: ImageEncoder | VisualTower) -> None:
         super().__init__()
         self.encoder = encoder
 
@@ -36,7 +36,7 @@ class _Features(nn.Module):
 
 
 def write_onnx(
-    encoder: VisionEncoder | VisualTower, path: str | Path, *, notes: Mapping[str, str] | None = None
+    encoder: ImageEncoder | VisualTower, path: str | Path, *, notes: Mapping[str, str] | None = None
 ) -> float:
     """Write one ONNX file, weights included, and compare it with the encoder in onnxruntime.
 
@@ -61,8 +61,9 @@ def write_onnx(
     _check_static(trunk)
     _check_installed()
     module = _Features(encoder.eval()).eval()
-    channels = trunk.patch_embed.proj.in_channels
-    images = torch.randn(_TRACED_BATCH, channels, *trunk.image_size, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(
+        _TRACED_BATCH, trunk.in_channels, *trunk.image_size, generator=torch.Generator().manual_seed(0)
+    )
     with _quiet():
         program = torch.onnx.export(
             module,
@@ -87,7 +88,7 @@ def write_onnx(
     return difference
 
 
-def _check_static(trunk: VisionEncoder) -> None:
+def _check_static(trunk: ImageEncoder) -> None:
     for block, reducer in trunk.reducers.items():
         assert isinstance(reducer, TokenReducer)
         where = f"{type(reducer).__name__} at block {block}"

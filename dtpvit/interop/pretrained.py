@@ -17,7 +17,7 @@ from dtpvit.interop.create import build_clip, build_trunk
 from dtpvit.interop.dense_weights import Transfer, load_dense
 from dtpvit.interop.image_models import image_model, pixel_statistics, vision_config
 from dtpvit.interop.model_config import model_config
-from dtpvit.interop.timm_models import TimmVisionEncoder
+from dtpvit.interop.timm_models import TimmVisionEncoder, timm_class
 from dtpvit.interop.weight_files import read_checkpoint, state_of
 
 __all__ = ["Pretrained", "load_pretrained"]
@@ -50,7 +50,10 @@ class Pretrained:
     @property
     def trunk(self) -> VisionEncoder:
         """The vision encoder."""
-        return self.model.visual.trunk if isinstance(self.model, DualEncoder) else self.model
+        if not isinstance(self.model, DualEncoder):
+            return self.model
+        assert isinstance(self.model.visual.trunk, VisionEncoder)
+        return self.model.visual.trunk
 
     @property
     def head(self) -> Callable[[Tensor], Tensor]:
@@ -99,8 +102,9 @@ def load_pretrained(
     else:
         config = {**vision_config(name), "reducers": dict(reducers or {})}
         classes = _classes(source, name)
-        built = image_model(config, classes) if classes > 1 else build_trunk(config, TimmVisionEncoder)
+        built = image_model(config, classes) if classes > 1 else build_trunk(config, timm_class)
         known = pixel_statistics(vision_config(name))
+    assert isinstance(built, DualEncoder | TimmVisionEncoder)
     transfer = load_dense(built, source)
     built.eval().requires_grad_(False)
     return Pretrained(built, config, classes, tuple(mean or known[0]), tuple(std or known[1]), transfer)

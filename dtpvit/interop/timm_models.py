@@ -1,8 +1,9 @@
-"""Our encoders as timm models: timm's contract around :class:`VisionEncoder`, same parameter names."""
+"""Our encoders as timm models: timm's contract around them, same parameter names."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -10,11 +11,11 @@ from timm.models import register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from dtpvit.encoder import VisionEncoder
+from dtpvit.encoder import Encoding, ImageEncoder, Tokens, VisionEncoder
 from dtpvit.interop.create import build_trunk
 from dtpvit.interop.model_config import trunk_config
 
-__all__ = ["TRUNKS", "TimmVisionEncoder", "register"]
+__all__ = ["TRUNKS", "TimmEncoder", "TimmVisionEncoder", "register", "timm_class"]
 
 TRUNKS: tuple[str, ...] = tuple(
     f"dtp_vit_{size}_patch{patch}{clip}_224_{rate}x{late}"
@@ -27,8 +28,8 @@ TRUNKS: tuple[str, ...] = tuple(
 )
 
 
-class TimmVisionEncoder(VisionEncoder):
-    """:class:`VisionEncoder` with the methods that timm and open_clip call.
+class TimmEncoder(ImageEncoder):
+    """Mixed into an encoder, in front of it: the methods that timm and open_clip call, under the same parameter names.
 
     ``forward`` gives (B, D), or (B, num_classes) with a classifier; ``forward_features`` and
     ``forward_intermediates`` give tokens spread back to the patches they stand for, so that a segmentation or
@@ -38,36 +39,68 @@ class TimmVisionEncoder(VisionEncoder):
     def __init__(self, *, num_classes: int = 0, **arguments: Any) -> None:
         super().__init__(**arguments)
         self.num_features = self.head_hidden_size = self.embed_dim = self.dim
-        self.num_prefix_tokens = 1
+        self.num_prefix_tokens = self.num_prefix
         self.num_classes = num_classes
         self.head = nn.Linear(self.dim, num_classes) if num_classes else nn.Identity()
         self.pretrained_cfg = self.default_cfg = {
-            "input_size": (3, *self.image_size),
+            "input_size": (self.in_channels, *self.image_size),
             "num_classes": num_classes,
             "classifier": "head",
-            "first_conv": "patch_embed.proj",
+            "first_conv": next(name for name, module in self.named_modules() if isinstance(module, nn.Conv2d)),
         }
 
     def forward(self, images: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return self.head(super().forward(images).pooled)
+        return self.head(self.encode(images).pooled)
 
-    def encode(self, images: Tensor, **options: Any) -> Any:
-        """The :class:`dtpvit.encoder.Encoding` that :class:`VisionEncoder` itself returns."""
-        return super().forward(images, **options)
+    def encode(self, images: Tensor, **options: Any) -> Encoding:
+        """What the encoder itself returns."""
+        return super().forward(images, **options)  # pyright: ignore[reportAbstractUsage]
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """Normed class token and patches, shape (B, 1 + N, D); patches of one segment share its features."""
-        return self._spread(super().forward(images).tokens)
+        """Normed class token, if any, and patches, shape (B, 1 + N, D); patches of one token share its features."""
+        return self._spread(self.encode(images).tokens)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Read out what :meth:`forward_features` returned."""
-        pooled = x[:, 0] if self.readout == "class" else x[:, 1:].mean(1)
+        pooled = x[:, 0] if self.readout == "class" else x[:, self.num_prefix :].mean(1)
         return pooled if pre_logits else self.head(pooled)
 
-    @staticmethod
-    def _spread(tokens: Any) -> Tensor:
+    def _spread(self, tokens: Tokens) -> Tensor:
         patches = tokens.unpool().unflatten(0, (tokens.patches.batch, tokens.patches.longest))
-        return torch.cat((tokens.prefix_features()[:, :1], patches), dim=1)
+        return torch.cat((tokens.prefix_features(), patches), dim=1) if self.num_prefix else patches
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifier; ``global_pool``: ``"token"`` or ``"avg"`` change the read-out, ``""`` keeps it."""
+        if global_pool:
+            known = {"token": "class", "avg": "mean"} if self.num_prefix else {"avg": "mean"}
+            if global_pool not in known:
+                raise ValueError(f"global_pool is {global_pool!r}; expected {', '.join(known)} or nothing")
+            self.readout = known[global_pool]
+        self.num_classes = num_classes
+        self.head = nn.Linear(self.dim, num_classes) if num_classes else nn.Identity()
+
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the class token and of whatever says positions."""
+        ends = ("pos_embed", "cls_token", "position_bias")
+        return {name for name, _ in self.named_parameters() if name.endswith(ends)}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Layers for layer-wise learning rates and partial freezing; what leaves a level belongs to it."""
+        return {
+            "stem": r"^stem",
+            "blocks": [
+                (r"^levels\.(\d+)\.blocks\.(\d+)", None),
+                (r"^levels\.(\d+)\.transition", (99999,)),
+                (r"^norm", (99999,)),
+            ],
+        }
+
+
+class TimmVisionEncoder(TimmEncoder, VisionEncoder):
+    """:class:`VisionEncoder` with the methods that timm and open_clip call."""
 
     def forward_intermediates(
         self,
@@ -103,21 +136,6 @@ class TimmVisionEncoder(VisionEncoder):
             return found
         return self._spread(tokens.with_features(self.norm(tokens.features))), found
 
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier; ``global_pool``: ``"token"`` or ``"avg"`` change the read-out, ``""`` keeps it."""
-        if global_pool:
-            if global_pool not in ("token", "avg"):
-                raise ValueError(f"global_pool is {global_pool!r}; expected token, avg or nothing")
-            self.readout = "class" if global_pool == "token" else "mean"
-        self.num_classes = num_classes
-        self.head = nn.Linear(self.dim, num_classes) if num_classes else nn.Identity()
-
-    def get_classifier(self) -> nn.Module:
-        return self.head
-
-    def no_weight_decay(self) -> set[str]:
-        return {"pos_embed", "cls_token"}
-
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Layers for layer-wise learning rates and partial freezing; a reducer belongs to its block."""
         return {
@@ -126,8 +144,16 @@ class TimmVisionEncoder(VisionEncoder):
         }
 
 
-def _entry_point(name: str, config: Callable[[Any], dict[str, Any]]) -> Callable[..., TimmVisionEncoder]:
-    def build(pretrained: bool = False, **arguments: Any) -> TimmVisionEncoder:
+@cache
+def timm_class(cls: type[ImageEncoder]) -> type[TimmEncoder]:
+    """An encoder's class with the methods that timm and open_clip call."""
+    if cls is VisionEncoder:
+        return TimmVisionEncoder
+    return type(f"Timm{cls.__name__}", (TimmEncoder, cls), {"__doc__": cls.__doc__})
+
+
+def _entry_point(name: str, config: Callable[[Any], dict[str, Any]]) -> Callable[..., TimmEncoder]:
+    def build(pretrained: bool = False, **arguments: Any) -> TimmEncoder:
         tag = arguments.pop("pretrained_cfg", None)
         arguments.pop("pretrained_cfg_overlay", None)
         arguments.pop("cache_dir", None)
@@ -141,7 +167,7 @@ def _entry_point(name: str, config: Callable[[Any], dict[str, Any]]) -> Callable
                 arguments[ours] = arguments.pop(theirs)
         if pool:
             arguments["readout"] = "class" if pool == "token" else "mean"
-        return build_trunk(config(tag), TimmVisionEncoder, **arguments)
+        return build_trunk(config(tag), timm_class, **arguments)
 
     build.__name__ = build.__qualname__ = name
     build.__module__ = __name__

@@ -18,7 +18,7 @@ from operator import add
 import torch
 from torch import Tensor, nn
 
-from dtpvit.encoder import VisionEncoder
+from dtpvit.encoder import ImageEncoder, VisionEncoder
 from dtpvit.encoder.reducers.base import JointThreshold
 from dtpvit.tasks.token_count import TokenCount
 
@@ -58,7 +58,7 @@ class RandomState:
 
 
 @torch.no_grad()
-def joint_thresholds(trunk: VisionEncoder, images: list[Tensor], seeds: list[Tensor]) -> dict[int, Tensor]:
+def joint_thresholds(trunk: ImageEncoder, images: list[Tensor], seeds: list[Tensor]) -> dict[int, Tensor]:
     """Training threshold of each reducer over all micro-batches and ranks; also calibrates evaluation.
 
     Args:
@@ -71,6 +71,7 @@ def joint_thresholds(trunk: VisionEncoder, images: list[Tensor], seeds: list[Ten
         reducer = trunk.reducers[key]
         if not isinstance(reducer, JointThreshold):
             continue
+        assert isinstance(trunk, VisionEncoder)
         state = RandomState(images[0].device)
         found = []
         for micro, seed in zip(images, seeds, strict=True):

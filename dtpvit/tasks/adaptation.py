@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler
 
-from dtpvit.encoder import DualEncoder, VisionEncoder
+from dtpvit.encoder import VisionEncoder
 from dtpvit.encoder.reducers.routers import SensitivityWeights
 from dtpvit.errors import UserError
 from dtpvit.evaluation.agreement import dense_output, divergence
@@ -48,6 +48,7 @@ class Adaptation(ImageTask):
         super().__init__()
         self.model, self.classes = pretrained.model, pretrained.num_classes > 0
         self.head = pretrained.head
+        self._pretrained = pretrained
         self.learning_rate = learning_rate
         self.model.requires_grad_(False)
         self.trunk.reducers.requires_grad_(True)
@@ -57,7 +58,7 @@ class Adaptation(ImageTask):
 
     @property
     def trunk(self) -> VisionEncoder:
-        return self.model.visual.trunk if isinstance(self.model, DualEncoder) else self.model
+        return self._pretrained.trunk
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits or features of uint8 images."""

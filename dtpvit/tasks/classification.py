@@ -12,7 +12,7 @@ from timm.loss.binary_cross_entropy import BinaryCrossEntropy
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from dtpvit.encoder import Encoding, VisionEncoder
+from dtpvit.encoder import Encoding, ImageEncoder, VisionEncoder
 from dtpvit.encoder.ops.noise import draw_seeds
 from dtpvit.errors import UserError
 from dtpvit.evaluation.agreement import dense_output, divergence
@@ -129,7 +129,7 @@ class Classification(ImageTask):
         self._epochs_seen = 0
 
     @property
-    def trunk(self) -> VisionEncoder:
+    def trunk(self) -> ImageEncoder:
         return self.model
 
     def forward(self, images: Tensor) -> Tensor:
@@ -193,6 +193,7 @@ class Classification(ImageTask):
         encoding = self._encode(images, batch.get("seed"))
         logits = self.model.head(encoding.pooled)
         if self.mode == "adapt":
+            assert isinstance(self.model, VisionEncoder)  # no other has reducers to learn, so that freeze refuses
             loss = divergence(logits, dense_output(self.model, images, self.model.head), classes=True).mean()
         else:
             loss = self._classification_loss(logits, target)

@@ -13,7 +13,7 @@ from open_clip.loss import SigLipLoss
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from dtpvit.encoder import Encoding, VisionEncoder
+from dtpvit.encoder import Encoding, ImageEncoder
 from dtpvit.encoder.ops.noise import draw_seeds
 from dtpvit.errors import UserError
 from dtpvit.interop.create import build_clip
@@ -96,7 +96,7 @@ class Contrastive(ImageTask):
         self._cached: CachedStep | None = None
 
     @property
-    def trunk(self) -> VisionEncoder:
+    def trunk(self) -> ImageEncoder:
         return self.model.visual.trunk
 
     def setup(self, stage: str) -> None:

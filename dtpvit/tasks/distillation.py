@@ -15,7 +15,7 @@ from dtpvit.encoder.tokens import Tokens
 from dtpvit.errors import UserError
 from dtpvit.interop.dense_weights import Transfer, load_dense
 from dtpvit.interop.image_models import image_model, pixel_statistics, vision_config
-from dtpvit.interop.timm_models import TimmVisionEncoder
+from dtpvit.interop.timm_models import TimmEncoder
 
 __all__ = ["Teacher", "TeacherOptions", "logits_loss", "tokens_loss"]
 
@@ -85,7 +85,7 @@ class Teacher:
 
     def __init__(
         self,
-        student: TimmVisionEncoder,
+        student: TimmEncoder,
         *,
         model: str | Mapping[str, Any],
         init: str,
@@ -111,7 +111,7 @@ class Teacher:
         self._check(student, init, transfer)
         self._mean, self._std = (torch.tensor(v).view(1, 3, 1, 1) for v in pixel_statistics(vision_config(model)))
 
-    def _check(self, student: TimmVisionEncoder, init: str, transfer: Transfer) -> None:
+    def _check(self, student: TimmEncoder, init: str, transfer: Transfer) -> None:
         head = "visual.trunk.head.weight"
         if self.logits != "none" and head not in transfer.taken:
             found = transfer.left.get(head, "it has no classifier")

@@ -10,7 +10,7 @@ import lightning
 import torch
 from torch import Tensor
 
-from dtpvit.encoder import DualEncoder, Encoding, VisionEncoder
+from dtpvit.encoder import DualEncoder, Encoding, ImageEncoder
 from dtpvit.interop.dense_weights import load_dense
 from dtpvit.tasks.checkpoint_names import use_model_names
 from dtpvit.tasks.optimization import NonFiniteGuard
@@ -49,7 +49,7 @@ class ImageTask(lightning.LightningModule):
         use_model_names(self)
 
     @property
-    def trunk(self) -> VisionEncoder:
+    def trunk(self) -> ImageEncoder:
         """The encoder inside the model."""
         raise NotImplementedError
 
@@ -60,7 +60,7 @@ class ImageTask(lightning.LightningModule):
             UserError: If they cannot be read or do not fit.
         """
         if self.hparams["init"] is not None:
-            assert isinstance(self.model, VisionEncoder | DualEncoder)
+            assert isinstance(self.model, ImageEncoder | DualEncoder)
             logger.info("%s", load_dense(self.model, self.hparams["init"]))
 
     @property

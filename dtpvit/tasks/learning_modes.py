@@ -7,19 +7,19 @@ from typing import Literal, get_args
 
 from torch import nn
 
-from dtpvit.encoder import VisionEncoder
+from dtpvit.encoder import ImageEncoder
 from dtpvit.encoder.reducers import GridPooling
 from dtpvit.encoder.reducers.boundary_pooling import BoundaryPooling
 from dtpvit.encoder.reducers.selection import TokenSelection
 from dtpvit.errors import UserError
-from dtpvit.interop.timm_models import TimmVisionEncoder
+from dtpvit.interop.timm_models import TimmEncoder
 
 __all__ = ["CompressionWarmup", "Mode", "freeze", "set_training", "train_reducers"]
 
 Mode = Literal["adapt", "linear_probe", "frozen", "finetune"]
 
 
-def freeze(model: TimmVisionEncoder, mode: Mode) -> None:
+def freeze(model: TimmEncoder, mode: Mode) -> None:
     """Let only those parameters require a gradient that ``mode`` trains.
 
     ``adapt``: the reducers, such as boundary predictors. ``linear_probe``: the head. ``frozen``: both of these.
@@ -36,7 +36,7 @@ def freeze(model: TimmVisionEncoder, mode: Mode) -> None:
         raise UserError(f"mode {mode!r} trains the reducers, and this model's have nothing to learn; use another mode")
 
 
-def set_training(model: TimmVisionEncoder, mode: Mode) -> None:
+def set_training(model: TimmEncoder, mode: Mode) -> None:
     """Training mode for what learns, evaluation mode, without stochastic depth, for what stands still."""
     model.train(mode == "finetune")
     if mode in ("adapt", "frozen"):
@@ -44,7 +44,7 @@ def set_training(model: TimmVisionEncoder, mode: Mode) -> None:
     model.head.train(mode != "adapt")
 
 
-def train_reducers(encoder: VisionEncoder) -> None:
+def train_reducers(encoder: ImageEncoder) -> None:
     """Training mode for the reducers of an encoder that otherwise stands still."""
     encoder.eval()
     encoder.reducers.train()

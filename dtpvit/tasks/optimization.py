@@ -12,11 +12,11 @@ from timm.optim._optim_factory import create_optimizer_v2
 from timm.optim._param_groups import param_groups_layer_decay
 from torch import Tensor, nn
 
-from dtpvit.interop.timm_models import TimmVisionEncoder
+from dtpvit.interop.timm_models import TimmEncoder
 
 __all__ = ["NonFiniteGuard", "decay_groups", "layer_groups", "optimizer_and_schedule", "warmup_cosine"]
 
-_NO_DECAY = ("pos_embed", "cls_token", "positional_embedding")
+_NO_DECAY = ("pos_embed", "cls_token", "positional_embedding", "position_bias")
 
 
 def decay_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
@@ -30,7 +30,7 @@ def decay_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: float)
 
 
 def layer_groups(
-    model: TimmVisionEncoder,
+    model: TimmEncoder,
     *,
     learning_rate: float,
     weight_decay: float,

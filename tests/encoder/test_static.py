@@ -20,11 +20,13 @@ from dtpvit.encoder.reducers import (
     GridPooling,
     PiToMe,
     RandomBoundaries,
+    SpatialGrouping,
     ToDo,
     TokenLearner,
     ToMe,
     ToMeSD,
     TopK,
+    WindowedToMe,
 )
 
 
@@ -54,6 +56,8 @@ ENCODERS = {
     "top-k": {"reducers": {block: lambda dim: TopK(dim, keep=0.6) for block in range(3)}},
     "dynamic-vit": {"reducers": {block: lambda dim: DynamicViT(dim, keep=0.3) for block in (0, 2)}},
     "entropy": {"reducers": fixed(router="entropy")},
+    "windowed tome": {"reducers": {1: lambda dim: WindowedToMe(dim, matching="two_rounds"), 2: WindowedToMe}},
+    "grouping": {"reducers": {1: SpatialGrouping, 2: lambda dim: SpatialGrouping(dim, scope="dense")}},
     "random": {"reducers": {1: lambda dim: RandomBoundaries(dim, compression=4, budget="fixed")}},
     "tomesd": {"reducers": {block: lambda dim: ToMeSD(dim, ratio=0.5, random=True) for block in range(3)}},
     "todo": {"reducers": {0: ToDo, 1: lambda dim: ToDo(dim, method="max_pool"), 2: lambda dim: ToDo(dim, factor=3)}},

@@ -16,11 +16,13 @@ from dtpvit.encoder.reducers import (
     PiToMe,
     Quadtree,
     RandomBoundaries,
+    SpatialGrouping,
     ToDo,
     TokenLearner,
     ToMe,
     ToMeSD,
     TopK,
+    WindowedToMe,
 )
 
 _READS = {"tolist", "item", "__bool__", "__int__", "__float__", "__index__", "numpy"}
@@ -87,6 +89,8 @@ def learner(**options):
         ({1: GridPooling(32, window=2)}, 0),
         ({1: RandomBoundaries(32, compression=4)}, 1),
         ({0: ToMe(32, r=9), 1: ToMe(32, r=9)}, 0),
+        ({1: WindowedToMe(32), 2: WindowedToMe(32, matching="parts")}, 0),
+        ({1: SpatialGrouping(32), 2: SpatialGrouping(32, scope="dense")}, 0),
         ({1: DynamicPooling(32, compression=2), 2: ToMe(32, r=3), 3: ToMe(32, r=3)}, 1),
         ({0: ToMeSD(32, random=True), 1: ToDo(32), 2: ToDo(32, method="max_pool"), 3: learner(fuse=True)}, 0),
         ({0: learner(version="1.0", fuse=True), 1: DynamicPooling(32, compression=2), 2: learner()}, 1),
@@ -103,7 +107,8 @@ def learner(**options):
         ({1: DynamicPooling(32, compression=4, router="cosine", estimator="gate", rate="ratio", noise=False)}, 1),
     ],
     ids=[
-        *["dense", "dynamic", "cosine", "twice", "fixed budget", "stride", "grid", "random", "tome", "tome, ragged"],
+        *["dense", "dynamic", "cosine", "twice", "fixed budget", "stride", "grid", "random", "tome"],
+        *["windowed tome", "grouping", "tome, ragged"],
         *["restored", "token learner, ragged", "pitome", "dtome", "pitome, ragged"],
         *["selection", "selection, ragged", "masks", "masks, ragged"],
         *["quadtree", "entropy", "entropy, fixed budget", "hnet"],

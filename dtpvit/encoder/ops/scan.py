@@ -9,7 +9,7 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["ORDERS", "first_of_cell", "scan_order", "window_order"]
+__all__ = ["ORDERS", "first_of_cell", "kept_table", "scan_order", "window_order"]
 
 ORDERS = ("raster", "serpentine", "hilbert")
 
@@ -17,7 +17,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def _kept(function: Callable[P, R]) -> Callable[P, R]:
+def kept_table(function: Callable[P, R]) -> Callable[P, R]:
     """Keep the results of the last calls; a constant to ``torch.compile``.
 
     Export traces with placeholders for tensors, which must not stay behind for the next eager call.
@@ -32,7 +32,7 @@ def _kept(function: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
-@_kept
+@kept_table
 def scan_order(order: str, rows: int, columns: int, device: torch.device | None = None) -> Tensor:
     """Raster index of the patch at each place of the line, int64, shape (rows * columns,); kept for the next call.
 
@@ -62,7 +62,7 @@ def scan_order(order: str, rows: int, columns: int, device: torch.device | None 
     return torch.tensor([row * columns + column for row, column in walk], device=device)
 
 
-@_kept
+@kept_table
 def first_of_cell(order: str, rows: int, columns: int, side: int, device: torch.device | None = None) -> Tensor:
     """The first on the line of the patches that share a square cell with each patch; cells are partial at the border.
 
@@ -80,7 +80,7 @@ def first_of_cell(order: str, rows: int, columns: int, side: int, device: torch.
     return line[first[cell]].to(device)
 
 
-@_kept
+@kept_table
 def window_order(rows: int, columns: int, window: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
     """Order of a grid's patches by square windows, and which places begin a window.
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from torch import Tensor, nn
 
 from dtpvit.encoder.evidence import Evidence, Need
+from dtpvit.encoder.ops.noise import advance_seed
 from dtpvit.encoder.tokens import Tokens
 
-__all__ = ["JointThreshold", "Reduction", "TokenReducer"]
+__all__ = ["JointThreshold", "Reduction", "TokenReducer", "reseeded"]
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,14 @@ class TokenReducer(nn.Module, ABC):
     def output_macs(self, tokens: Tensor, dim: int) -> Tensor:
         """Multiply-accumulates spent on the tokens of each image that go out, as of :meth:`macs`."""
         return tokens.new_zeros(tokens.shape)
+
+
+def reseeded(reducer: TokenReducer, reduction: Reduction) -> Reduction:
+    """With a fresh seed for the next reducer, where this one may have drawn from it."""
+    tokens = reduction.tokens
+    if tokens.seed is None or reducer.draws == "never":
+        return reduction
+    return replace(reduction, tokens=replace(tokens, seed=advance_seed(tokens.seed)))
 
 
 class JointThreshold(ABC):

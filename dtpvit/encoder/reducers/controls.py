@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -125,4 +124,4 @@ class GridPooling(BoundaryPooling):
         starts = torch.nn.functional.pad(begins.to(torch.float32), (layout.num_prefix, 0), value=1.0)
         starts = starts.repeat(layout.batch)
         pooled = self.pool(tokens, starts, place_in_batch(order, layout), fixed=wide * high)
-        return Reduction(replace(pooled, grid=(high, wide)))
+        return Reduction(pooled.on_grid((high, wide)))
