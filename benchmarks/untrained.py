@@ -41,6 +41,10 @@ def _minimum_variance(kept: dict[int, int]) -> dict[Any, Any]:
     return {blocks: {"class_path": "DynamicPooling", "init_args": arguments, "each": {"compression": rates}}}
 
 
+def _in_every_block(reducer: str, **arguments: Any) -> dict[Any, Any]:
+    return {"0-11": {"class_path": reducer, "init_args": arguments}}
+
+
 ROWS: dict[str, dict[Any, Any]] = {
     "dense": {},
     "ToMe, r = 8": _tome(8),
@@ -50,6 +54,12 @@ ROWS: dict[str, dict[Any, Any]] = {
     "ToMe, r = 13": _tome(13),
     "minimum variance, 160, 115, 75, 35 segments before 3, 5, 7, 9": _minimum_variance({3: 160, 5: 115, 7: 75, 9: 35}),
     "ToMe, r = 16": _tome(16),
+    "around attention (tomesd), a quarter merged": _in_every_block("ToMeSD", ratio=0.25, proportional=True),
+    "around attention (tomesd), half": _in_every_block("ToMeSD", ratio=0.5, proportional=True),
+    "around attention (tomesd), three quarters": _in_every_block("ToMeSD", ratio=0.75, proportional=True),
+    "keys of 2x2 tokens (ToDo), means": _in_every_block("ToDo", factor=2, method="avg_pool", proportional=True),
+    "keys of 2x2 tokens (ToDo), one of four": _in_every_block("ToDo", factor=2),
+    "keys of 3x3 tokens (ToDo), means": _in_every_block("ToDo", factor=3, method="avg_pool", proportional=True),
 }
 
 
