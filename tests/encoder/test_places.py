@@ -1,16 +1,19 @@
 """Where reducers act: on a whole block with the way back, on its attention, on its keys alone; and what that costs."""
 
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from torch.utils.flop_counter import FlopCounterMode
 
 from dtpvit.encoder import Layout, VisionEncoder
 from dtpvit.encoder.ops.attention import cross_attention, packed_attention
 from dtpvit.encoder.ops.segments import spread_rows
 from dtpvit.encoder.reducers import Evidence, FixedStride, GridPooling, RandomBoundaries, ToDo, TokenLearner, ToMeSD
-from dtpvit.evaluation.cost import image_cost
+from dtpvit.evaluation.cost import dense_macs, image_cost, image_macs
+from dtpvit.interop.create import create_encoder
 
 
 def small(**options):
@@ -70,6 +73,20 @@ def test_attention_to_the_same_tokens_is_self_attention(ragged):
     qkv, bias = torch.randn(15, 3, 2, 8), torch.randn(15)
     found = cross_attention(qkv[:, 0], qkv[:, 1:], layout, layout, key_bias=bias)
     torch.testing.assert_close(found, packed_attention(qkv, layout, key_bias=bias))
+
+
+FRAGMENTS = {"tomesd": (0.68, 0.73), "todo": (0.79, 0.85), "token_learner": (0.53, 0.53), "token_fuser": (0.51, 0.48)}
+
+
+@pytest.mark.parametrize("name", FRAGMENTS)
+def test_a_fragment_costs_what_its_header_says(name):
+    path = Path(__file__).parents[2] / "configs" / "reducers" / f"{name}.yaml"
+    header, config = path.read_text(), yaml.safe_load(path.read_text())
+    for size, share in zip(("tiny", "base"), FRAGMENTS[name], strict=True):
+        encoder = create_encoder(f"vit_{size}_patch16_224", reducers=config).eval()
+        with torch.no_grad():
+            found = float(image_macs(encoder, encoder(torch.randn(1, 3, 224, 224))))
+        assert found / dense_macs(encoder) == pytest.approx(share, abs=0.005) and f"{share:.2f} of" in header
 
 
 class StrideKeys(FixedStride):

@@ -92,11 +92,8 @@ class ToDo(TokenReducer):
 
 def _coarser(grid: tuple[int, int], factor: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Raster place in the middle of each cell of the coarser grid, shape (S,), and cell of each token, shape (N,)."""
-    middles, cells = list[Tensor](), list[Tensor]()
-    for fine in grid:
-        coarse = max(1, fine // factor)
-        middles.append((2 * torch.arange(coarse, device=device) + 1) * fine // (2 * coarse))
-        cells.append(torch.arange(fine, device=device) * coarse // fine)
-    wide = max(1, grid[1] // factor)
-    middle = middles[0][:, None] * grid[1] + middles[1]
-    return middle.flatten(), (cells[0][:, None] * wide + cells[1]).flatten()
+    sides = [(fine, max(1, fine // factor)) for fine in grid]
+    row, column = ((2 * torch.arange(few, device=device) + 1) * fine // (2 * few) for fine, few in sides)
+    middle = row[:, None] * grid[1] + column
+    row, column = (torch.arange(fine, device=device) * few // fine for fine, few in sides)
+    return middle.flatten(), (row[:, None] * sides[1][1] + column).flatten()
