@@ -19,9 +19,9 @@ from dtpvit.datamodules.transforms import eval_transform
 from dtpvit.encoder import BlockLayouts, DualEncoder, Encoding, ImageEncoder
 from dtpvit.errors import UserError
 from dtpvit.evaluation.cost import counted_macs, image_cost
-from dtpvit.interop.image_models import ImageClassifier, create_classifier, load_classifier
+from dtpvit.interop.image_models import ImageClassifier, create_classifier, load_classifier, vision_config
 from dtpvit.interop.loading import LoadedClip, is_classifier, load_clip
-from dtpvit.interop.model_config import NAMES, trunk_config
+from dtpvit.interop.model_config import NAMES, model_config, replaced, trunk_config
 from dtpvit.interop.timm_models import TRUNKS, TimmEncoder
 from dtpvit.interop.weight_files import read_checkpoint
 
@@ -176,8 +176,14 @@ def _of_config(spec: str, path: Path) -> Tower:
         model = options["model"]
     except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise UserError(f"the config {path} names no model at model.init_args.model; give a YAML of a task") from error
+    parts = options.get("encoder"), options.get("reducers")
     if "num_classes" not in options:
+        if parts != (None, None):
+            model = model_config(model)
+            model["vision"] = replaced(model["vision"], *parts)
         return _of_clip(spec, load_clip(model))
+    if parts != (None, None):
+        model = replaced(vision_config(model), *parts)
     return _of_classifier(
         spec, create_classifier(model, options["num_classes"], options.get("mean"), options.get("std"))
     )

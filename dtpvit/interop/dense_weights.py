@@ -56,6 +56,11 @@ class Transfer:
     fresh: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def summary(self) -> str:
+        """One line, notes included."""
+        return "; ".join([f"initialised from {self.source}: {len(self.taken)} tensors taken", *self.notes])
+
     def __str__(self) -> str:
         groups = Counter(re.sub(r"\.\d+\.", ".*.", name) for name in self.taken)
         lines = [f"initialised from {self.source}: {len(self.taken)} tensors taken"]

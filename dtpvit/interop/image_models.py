@@ -74,14 +74,16 @@ def image_model(model: str | Mapping[str, Any], num_classes: int) -> TimmEncoder
 
     Args:
         model: See :func:`vision_config`.
-        num_classes: At least 2.
+        num_classes: At least 2, or 0 for an encoder without a classifier.
 
     Raises:
         UserError: If the model does not build or there are too few classes.
     """
-    if not isinstance(num_classes, int) or num_classes < 2:
+    if not isinstance(num_classes, int) or num_classes == 1 or num_classes < 0:
         raise UserError(f"num_classes is {num_classes!r}; expected at least 2")
     built = build_trunk(vision_config(model), timm_class, num_classes=num_classes)
+    if not num_classes:
+        return built
     assert isinstance(built.head, nn.Linear)
     nn.init.trunc_normal_(built.head.weight, std=0.02)
     nn.init.zeros_(built.head.bias)

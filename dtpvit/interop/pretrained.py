@@ -13,11 +13,11 @@ from torch import Tensor
 
 from dtpvit.encoder import DualEncoder, VisionEncoder
 from dtpvit.errors import UserError
-from dtpvit.interop.create import build_clip, build_trunk
+from dtpvit.interop.create import build_clip
 from dtpvit.interop.dense_weights import Transfer, load_dense
 from dtpvit.interop.image_models import image_model, pixel_statistics, vision_config
 from dtpvit.interop.model_config import model_config
-from dtpvit.interop.timm_models import TimmVisionEncoder, timm_class
+from dtpvit.interop.timm_models import TimmVisionEncoder
 from dtpvit.interop.weight_files import read_checkpoint, state_of
 
 __all__ = ["Pretrained", "load_pretrained"]
@@ -97,27 +97,36 @@ def load_pretrained(
     if name in open_clip.list_models():
         config = _dense_clip(name, open_clip.get_model_config(name) or {})
         config["vision"]["reducers"] = dict(reducers or {})
+        weights = open_clip.get_pretrained_cfg(*source.split(":", 1)) if ":" in source else {}
+        if weights.get("quick_gelu"):
+            config["vision"]["act"] = config["text"]["act"] = "quick_gelu"
         built, classes = build_clip(model_config(config)), 0
-        known = tuple(OPENAI_DATASET_MEAN), tuple(OPENAI_DATASET_STD)
+        known = tuple(weights.get("mean") or OPENAI_DATASET_MEAN), tuple(weights.get("std") or OPENAI_DATASET_STD)
     else:
         config = {**vision_config(name), "reducers": dict(reducers or {})}
-        classes = _classes(source, name)
-        built = image_model(config, classes) if classes > 1 else build_trunk(config, timm_class)
-        known = pixel_statistics(vision_config(name))
+        classes = _classes(source)
+        built = image_model(config, classes if classes > 1 else 0)
+        known = pixel_statistics({"preset": name if _is_file(source) else source})
     assert isinstance(built, DualEncoder | TimmVisionEncoder)
     transfer = load_dense(built, source)
+    if classes > 1 and "visual.trunk.head.weight" not in transfer.taken:
+        raise UserError(f"the classifier of {source} does not fit {name}: {transfer.left or transfer.fresh}")
     built.eval().requires_grad_(False)
     return Pretrained(built, config, classes, tuple(mean or known[0]), tuple(std or known[1]), transfer)
 
 
-def _classes(source: str, name: str) -> int:
+def _is_file(source: str) -> bool:
+    return Path(source).suffix in (".ckpt", ".pt", ".pth", ".bin", ".safetensors") or Path(source).exists()
+
+
+def _classes(source: str) -> int:
     """Outputs of the classifier that comes with the weights, 0 if none does."""
-    if Path(source).suffix in (".ckpt", ".pt", ".pth", ".bin", ".safetensors") or Path(source).exists():
+    if _is_file(source):
         head = state_of(read_checkpoint(source)).get("head.weight")
         return 0 if head is None else len(head)
     from timm.models import get_pretrained_cfg
 
-    known = get_pretrained_cfg(name)
+    known = get_pretrained_cfg(source)
     return 0 if known is None else known.num_classes
 
 

@@ -6,10 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import lightning
 import torch
+from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -43,6 +44,7 @@ def adapt(
     batch_size: int = 32,
     learning_rate: float = 3e-3,
     order: str = "hilbert",
+    router: Literal["local", "sensitivity"] = "local",
     seed: int = 0,
     device: str = "auto",
     rounds: int = 5,
@@ -63,41 +65,41 @@ def adapt(
         mean: Channel means on [0, 1] that the weights were trained with; those of timm's or open_clip's model if left
             out.
         std: Channel standard deviations, likewise.
-        out: Checkpoint to write; `dtpvit cost`, `export` and Python load it.
+        out: Checkpoint to write; `dtpvit cost` and Python load it, a CLIP `dtpvit export` too.
         limit: Use this many images.
         steps: Optimizer steps.
         batch_size: Images a step.
         learning_rate: Highest.
         order: How the patches become a line: hilbert, serpentine, raster.
+        router: What finds the segments afterwards. local: a small predictor that has learned to; sensitivity: the exact
+            segments themselves, nearer to the dense output, by a recursion over segments at every inference.
         seed: Of the predictor's first weights, the order of images and the draws of the fit.
         device: auto, cpu, cuda.
         rounds: Times that images/s is measured, candidates in turn; 0 leaves it out.
     """
     place, target = chosen_device(device), output_file(out)
     assert target is not None
-    if steps < 0 or batch_size < 1 or limit < FEWEST:
+    if steps < 1 or batch_size < 1 or limit < FEWEST or rounds < 0:
         raise UserError(
-            f"steps is {steps}, batch_size {batch_size}, limit {limit}; expected at least 0, 1 and {FEWEST} of them"
+            f"steps is {steps}, batch_size {batch_size}, limit {limit}, rounds {rounds}; "
+            f"expected at least 1, 1, {FEWEST} and 0 of them"
         )
     blocks = before if isinstance(before, list) else [before]
     rates = list(compression) if isinstance(compression, list) else [float(compression)] * len(blocks)
     load = _Loader(model, init, blocks, rates, order, mean, std)
     dense = load("dense")
-    print(f"dtpvit: {str(dense.transfer).splitlines()[0]}")
+    print(f"dtpvit: {dense.transfer.summary}")
     height, width = dense.trunk.image_size
     raw, _ = real_images(images, limit, eval_transform((height, width)), least=FEWEST)
     fitted, held = raw[::2], raw[1::2]
     torch.manual_seed(seed)
-    candidates = {"dense": dense, "minimum variance, exact": load("minimum_variance")}
-    candidates["adapted"] = adapt_encoder(
-        load("local"),
-        fitted,
-        steps=steps,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        seed=seed,
-        device=place,
-    )
+    options: dict[str, Any] = {"batch_size": batch_size, "learning_rate": learning_rate, "seed": seed, "device": place}
+    candidates = {
+        "dense": dense,
+        "minimum variance, exact": load("minimum_variance"),
+        "exact, tokens weighted": adapt_encoder(load("sensitivity"), fitted, steps=0, **options),
+        "adapted": adapt_encoder(load(router), fitted, steps=steps, **options),
+    }
     said = {name: answers(candidate, held.split(batch_size), place) for name, candidate in candidates.items()}
     merging = load.merging(dense.trunk.depth)
     outputs = merging.head(merging.trunk.cls_token[0]).shape[1]
@@ -174,6 +176,8 @@ def _write(pretrained: Pretrained, path: Path) -> None:
     about: dict[str, Any] = {"model": pretrained.config}
     if not pretrained.is_clip:
         about |= {"num_classes": pretrained.num_classes, "mean": list(pretrained.mean), "std": list(pretrained.std)}
+    elif (pretrained.mean, pretrained.std) != (tuple(OPENAI_DATASET_MEAN), tuple(OPENAI_DATASET_STD)):
+        print(f"dtpvit: mind that this model's images are normalised by {pretrained.mean} and {pretrained.std}")
     state = {name: tensor.detach().clone() for name, tensor in pretrained.model.state_dict().items()}
     version = {"pytorch-lightning_version": lightning.__version__}  # without it Lightning takes the file for an old one
     torch.save({"state_dict": state, "hyper_parameters": about, **version}, path)

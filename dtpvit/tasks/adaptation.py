@@ -129,7 +129,7 @@ def adapt_encoder(
             logger.info("block %d: the fit explains %.0f %% of how much tokens matter", block, 100 * share)
     if steps:
         _train(task, images, steps, batch_size, seed, place)
-    pretrained.model.to("cpu").eval()
+    pretrained.model.to("cpu").eval().requires_grad_(False)
     return pretrained
 
 
@@ -138,17 +138,18 @@ def _train(task: Adaptation, images: Tensor, steps: int, batch_size: int, seed: 
     # One epoch of as many steps as asked for: the images in a new order each time they run out.
     sampler = RandomSampler(images, num_samples=steps * size, generator=torch.Generator().manual_seed(seed))  # pyright: ignore
     loader = DataLoader(images, batch_size=size, sampler=sampler)  # pyright: ignore[reportArgumentType]
-    for meant in ("many workers", "in eval mode at the start", "`isinstance.treespec, LeafSpec.` is deprecated"):
-        warnings.filterwarnings("ignore", message=f".*{meant}")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     trainer = lightning.Trainer(
         max_steps=steps,
-        accelerator="cpu" if device.type == "cpu" else "auto",
-        devices=1,
+        accelerator=device.type,
+        devices=1 if device.type == "cpu" else [device.index or 0],
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
         gradient_clip_val=1.0,
         callbacks=[TQDMProgressBar(refresh_rate=1 if sys.stderr.isatty() else max(1, steps // 10), leave=True)],
     )
-    trainer.fit(task, loader)
+    with warnings.catch_warnings():
+        for meant in ("many workers", "in eval mode at the start", "`isinstance.treespec, LeafSpec.` is deprecated"):
+            warnings.filterwarnings("ignore", message=f".*{meant}")
+        trainer.fit(task, loader)

@@ -148,7 +148,9 @@ class Classification(ImageTask):
         if stage != "fit":
             return
         if self.trainer.ckpt_path is None:
-            self.start_from_init()
+            transfer = self.start_from_init()
+            if self.mode == "adapt" and (transfer is None or "visual.trunk.head.weight" not in transfer.taken):
+                raise UserError("adapt keeps the answers of a trained classifier; give init with one of these classes")
         if self.hparams["teacher"] is not None:
             self._teacher = with_options(Teacher, self.hparams["teacher"], self.model)
 

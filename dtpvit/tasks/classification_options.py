@@ -20,6 +20,8 @@ def check_options(options: Mapping[str, Any]) -> None:
     Raises:
         UserError: In a sentence about the first of them.
     """
+    if options["num_classes"] < 2:
+        raise UserError(f"num_classes is {options['num_classes']}; expected at least 2")
     smoothing, mode, teacher = options["label_smoothing"], options["mode"], options["teacher"]
     if not 0 <= smoothing < 1:
         raise UserError(f"label_smoothing is {smoothing}; expected at least 0 and less than 1")

@@ -24,6 +24,8 @@ from dtpvit.datamodules.labelled import LabelledLoader
 from dtpvit.datamodules.labelled_index import index_labelled
 from dtpvit.datamodules.real_images import real_images
 from dtpvit.datamodules.transforms import eval_transform
+from dtpvit.encoder import VisionEncoder
+from dtpvit.encoder.reducers import TokenReducer
 from dtpvit.errors import UserError
 from dtpvit.evaluation.agreement import Answers, answers, outcome, placed
 from dtpvit.evaluation.arguments import chosen_device
@@ -91,10 +93,9 @@ def compare(
         return load_pretrained(model, init, spec, mean=mean, std=std)
 
     dense = load({})
-    print(f"dtpvit: {str(dense.transfer).splitlines()[0]}")
-    for row in asked:  # what does not build is found out now
-        for maker in reducer_makers(row.reducers).values():
-            maker(dense.trunk.dim)
+    print(f"dtpvit: {dense.transfer.summary}")
+    for row in asked:
+        _check(row, dense)
     known = get_pretrained_cfg(model)
     crop = crop_pct or (1.0 if known is None or dense.is_clip else known.crop_pct)
     pixels, labels = _images(images, dense, limit, crop)
@@ -102,12 +103,35 @@ def compare(
     fitted = real_images(str(fit), limit, _transform(dense, crop), least=1)[0] if apart else fit
     about = {"model": model, "init": init, "images": images, "count": len(pixels), "crop_pct": crop, "fit": fit}
     about |= {"batch_size": batch_size, "rounds": rounds, "seed": seed, "machine": machine(place)}
+    about |= {"mean": dense.mean, "std": dense.std, "weights": _stamp(init), "versions": versions()}
     work = _Comparison(dense, pixels, labels, fitted, batch_size, rounds, seed, place)
     results = list[ComparedResult]()
     for row in (bar := tqdm(asked, unit="row", leave=False, disable=None)):
         bar.set_description(row.name)
         results.append(_kept(folder / "rows", row, about, lambda row=row: work(row, load(row.reducers))))
-    _report(results, {**about, "versions": versions(), "date": date.today().isoformat()}, folder, len(pixels))
+    _report(results, {**about, "date": date.today().isoformat()}, folder, len(pixels))
+
+
+def _check(row: ComparedRow, dense: Pretrained) -> None:
+    """Find out now what would not build, and say what is shown untrained."""
+    trunk, learned = dense.trunk, set[str]()
+    for block, maker in reducer_makers(row.reducers).items():
+        try:
+            reducer = maker(trunk.dim)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"the row {row.name!r} does not build: {error}") from error
+        if isinstance(trunk, VisionEncoder) and block >= trunk.depth:
+            raise UserError(f"the row {row.name!r} has a reducer at block {block} of {trunk.depth}, counted from 0")
+        assert isinstance(reducer, TokenReducer)
+        learned |= {name for name, _ in reducer.named_parameters() if not name.endswith("boundary_sensitivity")}
+    if learned:
+        print(f"dtpvit: {row.name} has parts that were never trained and is shown as it starts, at random")
+
+
+def _stamp(init: str | None) -> list[int] | None:
+    """What tells one file of weights from another of that name."""
+    path = Path(init or "")
+    return [path.stat().st_size, path.stat().st_mtime_ns] if init and path.is_file() else None
 
 
 def _transform(model: Pretrained, crop: float) -> Any:

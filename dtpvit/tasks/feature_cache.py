@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -10,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dtpvit.errors import UserError
-
 __all__ = ["EncodedImages", "FeatureCache"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -100,20 +101,17 @@ class FeatureCache:
         self._row |= {key: count + place for place, key in enumerate(new)}
 
     def end_epoch(self, *, first: bool) -> None:
-        """Refuse data that never come again, and count anew.
+        """Say so where the cache saves nothing, and count anew.
 
         Args:
             first: Whether this process has seen no epoch of training before.
-
-        Raises:
-            UserError: If not one image of an epoch was known from those before.
         """
         asked, found = self._asked, self._found
         self._asked = self._found = 0
         if not first and asked and not found:
-            raise UserError(
-                "cache_features met only images that it had not seen before, so the data module augments them; "
-                "switch its augmentation off (LabelledImages: --data.init_args.augment false), or cache_features"
+            logger.warning(
+                "cache_features met only images that it had not seen before: either an epoch is a small part of the "
+                "data, or the data module augments them; then switch that off, or cache_features"
             )
 
 

@@ -12,6 +12,7 @@ from dtpvit.encoder.reducers.base import JointThreshold
 from dtpvit.encoder.reducers.routers import SensitivityWeights
 from dtpvit.evaluation.agreement import Answers, answers
 from dtpvit.interop.pretrained import Pretrained
+from dtpvit.tasks.learning_modes import train_reducers
 from dtpvit.tasks.sensitivity import fit_sensitivity
 
 __all__ = ["cross_fitted_answers", "fit_reducers", "has_to_fit"]
@@ -43,7 +44,7 @@ def fit_reducers(
     if any(isinstance(module, SensitivityWeights) for module in trunk.reducers.modules()):
         generator = torch.Generator(device).manual_seed(seed)
         fit_sensitivity(trunk, pixels, head=pretrained.head, classes=pretrained.num_classes > 0, generator=generator)
-    trunk.reducers.train()
+    train_reducers(trunk)
     with torch.no_grad():
         for batch in pixels:
             VisionEncoder.forward(trunk, batch)

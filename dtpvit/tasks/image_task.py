@@ -9,9 +9,10 @@ from typing import Any
 import lightning
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from dtpvit.encoder import DualEncoder, Encoding, ImageEncoder
-from dtpvit.interop.dense_weights import load_dense
+from dtpvit.interop.dense_weights import Transfer, load_dense
 from dtpvit.tasks.checkpoint_names import use_model_names
 from dtpvit.tasks.optimization import NonFiniteGuard
 from dtpvit.tasks.resuming import continue_data
@@ -53,7 +54,7 @@ class ImageTask(lightning.LightningModule):
         """The encoder inside the model."""
         raise NotImplementedError
 
-    def start_from_init(self) -> None:
+    def start_from_init(self) -> Transfer | None:
         """Take the dense weights that ``init`` names, if it names any, and log what became of each tensor.
 
         Raises:
@@ -61,7 +62,10 @@ class ImageTask(lightning.LightningModule):
         """
         if self.hparams["init"] is not None:
             assert isinstance(self.model, ImageEncoder | DualEncoder)
-            logger.info("%s", load_dense(self.model, self.hparams["init"]))
+            transfer = load_dense(self.model, self.hparams["init"])
+            logger.info("%s", transfer)
+            return transfer
+        return None
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -89,7 +93,7 @@ class ImageTask(lightning.LightningModule):
         self._last_loss = loss.detach()
         super().backward(loss, *args, **kwargs)
 
-    def on_after_backward(self) -> None:
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:  # once a step, however many batches it gathers
         self.trunk.after_backward()
         self.guard.after_backward(self._last_loss, self.parameters(), scaled=self.trainer.precision == "16-mixed")
         if self.guard.skipped:

@@ -12,6 +12,7 @@ from timm.optim._optim_factory import create_optimizer_v2
 from timm.optim._param_groups import param_groups_layer_decay
 from torch import Tensor, nn
 
+from dtpvit.errors import UserError
 from dtpvit.interop.timm_models import TimmEncoder
 
 __all__ = ["NonFiniteGuard", "decay_groups", "layer_groups", "optimizer_and_schedule", "warmup_cosine"]
@@ -94,7 +95,12 @@ def optimizer_and_schedule(task: lightning.LightningModule, groups: list[dict[st
     )
     if options["optimizer"] != "sgd":
         extra |= {"betas": tuple(options["betas"]), "eps": options["eps"]}
-    optimizer = create_optimizer_v2(groups, opt=options["optimizer"], lr=options["learning_rate"], **extra)
+    try:
+        optimizer = create_optimizer_v2(groups, opt=options["optimizer"], lr=options["learning_rate"], **extra)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"the optimizer {options['optimizer']!r} cannot be made: {error}") from error
+    if task.trainer.estimated_stepping_batches == math.inf:
+        raise UserError("the schedule needs the end of the run; give --trainer.max_epochs or --trainer.max_steps")
     total = int(task.trainer.estimated_stepping_batches)
     warmup = min(options["warmup_steps"], total)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_cosine(warmup, total))
@@ -131,7 +137,7 @@ class NonFiniteGuard:
                 skips such steps itself, so that only the loss is looked at and nothing is dropped.
 
         Raises:
-            RuntimeError: After ``patience`` such steps in a row.
+            UserError: After ``patience`` such steps in a row.
         """
         parameters = list(parameters)
         grads = [] if scaled else [parameter.grad for parameter in parameters if parameter.grad is not None]
@@ -144,7 +150,7 @@ class NonFiniteGuard:
         self.skipped += 1
         self.in_a_row += 1
         if self.in_a_row >= self.patience:
-            raise RuntimeError(
+            raise UserError(
                 f"the loss or its gradient was NaN or infinite for {self.in_a_row} steps in a row; lower the learning "
                 "rate, clip gradients (--trainer.gradient_clip_val 1.0), or use --trainer.precision 32-true"
             )

@@ -50,6 +50,10 @@ def fit_sensitivity(
         ValueError: If the encoder has no such router.
     """
     found: dict[int, float] = {}
+    # A predictor that is yet to imitate exact segments says nothing; in training mode it is given these.
+    imitating = [r for r in encoder.reducers.values() if isinstance(r, DynamicPooling) and r.imitate and not r.training]
+    for reducer in imitating:
+        reducer.train()
     for block in sorted(map(int, encoder.reducers)):
         reducer = encoder.reducers[str(block)]
         if not (isinstance(reducer, DynamicPooling) and isinstance(reducer.boundary_predictor, SensitivityWeights)):
@@ -67,6 +71,8 @@ def fit_sensitivity(
         rest = spread - 2 * solution @ moment + solution @ normal @ solution
         reducer.boundary_predictor.boundary_sensitivity.data.copy_(solution)
         found[block] = float(1 - rest / spread)
+    for reducer in imitating:
+        reducer.eval()
     if not found:
         raise ValueError("the encoder has no reducer whose router is sensitivity or local, which have weights to fit")
     return found

@@ -20,6 +20,13 @@ def task(**options):
     return Classification(**(defaults | options))
 
 
+def trained(folder):
+    """Weights to start from, classifier included."""
+    path = folder / "trained.pt"
+    torch.save(task().model.state_dict(), path)
+    return str(path)
+
+
 def images(count, salt=0):
     """Noise over a colour that tells the class."""
     g = torch.Generator().manual_seed(salt)

@@ -33,8 +33,9 @@ pytestmark = [
 
 
 @pytest.mark.parametrize("mode", ["adapt", "linear_probe", "frozen", "finetune"])
-def test_each_mode_changes_its_own_parameters_and_no_bit_of_others(mode):
-    module = labelled.task(mode=mode, model=labelled.config(drop_path=0.5), weight_decay=0.5)
+def test_each_mode_changes_its_own_parameters_and_no_bit_of_others(mode, tmp_path):
+    model, init = labelled.config(drop_path=0.5), labelled.trained(tmp_path)
+    module = labelled.task(mode=mode, model=model, weight_decay=0.5, init=init)
     before = labelled.weights(module)
     labelled.fit(module, callbacks=[WeightAverage(0.5)])
     names = {name for name, _ in module.model.named_parameters()}
@@ -72,11 +73,17 @@ def test_linear_probing_is_the_same_with_and_without_the_cache(monkeypatch):
     assert plain_figures["train/loss"] < 0.9 * math.log(labelled.CLASSES)  # what was compared has learned something
 
 
-@pytest.mark.parametrize(("says_so", "message"), [(True, "stay the same in every epoch"), (False, "only images")])
-def test_the_cache_refuses_augmented_images(says_so, message):
+def test_the_cache_refuses_augmented_images_and_says_where_it_saves_nothing(caplog):
     module = labelled.task(mode="linear_probe", cache_features=True)
-    with pytest.raises(UserError, match=message):
-        labelled.fit(module, labelled.Images(augment=True, says_so=says_so), max_epochs=2)
+    with pytest.raises(UserError, match="stay the same in every epoch"):
+        labelled.fit(module, labelled.Images(augment=True, says_so=True), max_epochs=2)
+    labelled.fit(module, labelled.Images(augment=True, says_so=False), max_epochs=2)
+    assert "met only images that it had not seen before" in caplog.text
+
+
+def test_adapting_keeps_the_answers_of_a_trained_classifier_only():
+    with pytest.raises(UserError, match="give init with one"):
+        labelled.fit(labelled.task(mode="adapt"))
 
 
 def image_files(root, count, salt):
@@ -222,7 +229,7 @@ def test_two_processes_equal_one(mode, tmp_path):
         folder = tmp_path / str(world)
         folder.mkdir()
         more = {"devices": 2, "strategy": "ddp_fork", "use_distributed_sampler": False} if world == 2 else {}
-        module = labelled.task(mode=mode, optimizer="sgd")
+        module = labelled.task(mode=mode, optimizer="sgd", init=labelled.trained(folder))
         labelled.fit(module, callbacks=[labelled.KeepWeights(folder)], **more)
         ranks = [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(world)]
         for state, figures in ranks[1:]:

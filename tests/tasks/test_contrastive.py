@@ -117,7 +117,7 @@ def test_a_step_without_a_finite_loss_changes_nothing_and_stops_after_some(spoil
     assert model.guard.skipped == 2
     assert all(torch.equal(after[n], before[n]) for n in after if "calibration" not in n)
     model.guard.patience = 3
-    with pytest.raises(RuntimeError, match="3 steps in a row; lower the learning rate"):
+    with pytest.raises(UserError, match="3 steps in a row; lower the learning rate"):
         pairs.fit(model, tmp_path, max_steps=5)
 
 

@@ -73,8 +73,9 @@ class Segments:
         slot = torch.where(starts.detach() > 0.5, ids, count)  # all that begin nothing share the last, unused slot
         begin = places.new_empty(count + 1).scatter_(0, slot, places)[:count]
         line_size = size if order is None else size[order]
-        # Sums of whole numbers: exact, hence the same in whatever order the device adds them.
-        total = line_size.new_zeros(count).index_add_(0, ids, line_size.detach())
+        # In float64 the order in which the device adds does not show in the result.
+        wide = line_size.detach().double()
+        total = wide.new_zeros(count).index_add_(0, ids, wide).to(line_size.dtype)
         return cls(ids, begin, order, opening, line_size, total)
 
     @classmethod

@@ -78,7 +78,7 @@ class MlpRouter(Router):
         # Its length is normalised away; a short one would turn by tenths of a radian in every step of Adam.
         nn.init.trunc_normal_(self.fc2.weight, std=dim**-0.5)
         if initial_rate is not None:
-            nn.init.constant_(self.fc2.bias, torch.logit(torch.tensor(initial_rate)).item())
+            nn.init.constant_(self.fc2.bias, torch.logit(torch.tensor(initial_rate), eps=1e-3).item())
 
     def forward(self, tokens: Tokens, order: Tensor | None, segments: Tensor, most: int) -> Tensor:
         x = self.norm(tokens.features.to(self.fc1.weight.dtype))
@@ -297,9 +297,10 @@ def centred(values: Tensor, tokens: Tokens) -> Tensor:
     layout = tokens.layout
     prefix = layout.prefix.view(-1, *[1] * (values.ndim - 1))
     values = values.masked_fill(prefix, 0.0)
-    count = (layout.lengths - layout.num_prefix).clamp(min=1).to(values.dtype)
-    total = values.new_zeros(layout.batch, *values.shape[1:]).index_add_(0, layout.image, values)
-    mean = total / count.view(-1, *[1] * (values.ndim - 1))
+    count = (layout.lengths - layout.num_prefix).clamp(min=1).view(-1, *[1] * (values.ndim - 1))
+    wide = values.double()  # where the order in which the device adds does not show in the result
+    total = wide.new_zeros(layout.batch, *values.shape[1:]).index_add_(0, layout.image, wide)
+    mean = (total / count).to(values.dtype)
     return (values - mean[layout.image]).masked_fill(prefix, 0.0)
 
 
