@@ -196,8 +196,8 @@ class HierarchicalEncoder(ImageEncoder):
         layouts: list[BlockLayouts] = []
         for level in self.levels:
             assert isinstance(level, Level)
-            inner, last = level.blocks[: len(level.blocks) - (level.transition is not None)], level.blocks[-1]
-            for block in inner:
+            *inner, last = level.blocks
+            for block in inner if level.transition is not None else level.blocks:
                 layouts.append(BlockLayouts.of(tokens.layout))
                 tokens = self._run(block, tokens)
             if level.transition is not None:

@@ -123,7 +123,7 @@ class ImageEncoder(nn.Module, ABC):
         """
         if tuple(images.shape[-2:]) != self.image_size:
             found, wanted = "x".join(map(str, images.shape[-2:])), "x".join(map(str, self.image_size))
-            raise ValueError(f"images are {found}, the encoder was made for {wanted}; use set_input_size")
+            raise ValueError(f"images are {found}, the encoder was made for {wanted}; give it another image_size")
         if seeds is None and self.needs_seed:
             return draw_seeds(len(images), images.device) if self.training else checksum(images)
         return seeds

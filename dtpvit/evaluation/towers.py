@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dtpvit.datamodules.real_images import real_images
 from dtpvit.datamodules.transforms import eval_transform
-from dtpvit.encoder import BlockLayouts, DualEncoder, Encoding, ImageEncoder
+from dtpvit.encoder import BlockLayouts, DualEncoder, Encoding, ImageEncoder, VisionEncoder
 from dtpvit.errors import UserError
 from dtpvit.evaluation.cost import counted_macs, image_cost
 from dtpvit.interop.image_models import ImageClassifier, create_classifier, load_classifier, vision_config
@@ -135,7 +135,7 @@ def dense_counterpart(tower: Tower) -> Tower:
     the name tells which, else the same encoder without its reducers.
 
     Raises:
-        UserError: If the tower is not one of ours.
+        UserError: If the tower is not one of ours, or an encoder whose levels are what reduces.
     """
     if tower.trunk is None:
         raise UserError(f"{tower.name} is not one of dtpvit's; name a --reference")
@@ -143,6 +143,8 @@ def dense_counterpart(tower: Tower) -> Tower:
         return load_tower("-".join(tower.model.removeprefix("DTP-").split("-")[:3]))
     if tower.model in TRUNKS and (dense := _timm_dense(tower)) is not None:
         return dense
+    if not isinstance(tower.trunk, VisionEncoder):
+        raise UserError(f"{tower.name} has no reducers to leave out; name a --reference")
     twin = copy.deepcopy(tower.whole)
     image: Any = twin.visual if isinstance(twin, DualEncoder) else twin
     trunk = image.trunk if isinstance(twin, DualEncoder) else image

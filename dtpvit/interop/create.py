@@ -50,7 +50,7 @@ def build_trunk(
     name = arguments.pop("preset", None)
     try:
         arguments = {**(preset(name) if name else {}), **arguments}
-        if cls is VisionEncoder:
+        if issubclass(cls, VisionEncoder):
             arguments["reducers"] = reducer_makers(arguments.get("reducers"))
         return kind(cls)(**arguments)
     except (TypeError, ValueError) as error:

@@ -31,9 +31,8 @@ TRUNKS: tuple[str, ...] = tuple(
 class TimmEncoder(ImageEncoder):
     """Mixed into an encoder, in front of it: the methods that timm and open_clip call, under the same parameter names.
 
-    ``forward`` gives (B, D), or (B, num_classes) with a classifier; ``forward_features`` and
-    ``forward_intermediates`` give tokens spread back to the patches they stand for, so that a segmentation or
-    detection head sees the grid it expects.
+    ``forward`` gives (B, D), or (B, num_classes) with a classifier; ``forward_features`` gives tokens spread back to
+    the patches they stand for, so that a segmentation or detection head sees the grid it expects.
     """
 
     def __init__(self, *, num_classes: int = 0, **arguments: Any) -> None:
@@ -84,7 +83,7 @@ class TimmEncoder(ImageEncoder):
 
     def no_weight_decay(self) -> set[str]:
         """Names of the class token and of whatever says positions."""
-        ends = ("pos_embed", "cls_token", "position_bias")
+        ends = ("pos_embed", "cls_token", "position_bias", "group_embed")
         return {name for name, _ in self.named_parameters() if name.endswith(ends)}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -100,7 +99,8 @@ class TimmEncoder(ImageEncoder):
 
 
 class TimmVisionEncoder(TimmEncoder, VisionEncoder):
-    """:class:`VisionEncoder` with the methods that timm and open_clip call."""
+    """:class:`VisionEncoder` with the methods that timm and open_clip call; ``forward_intermediates`` too gives tokens
+    spread back to patches."""
 
     def forward_intermediates(
         self,

@@ -17,7 +17,7 @@ from dtpvit.interop.timm_models import TimmEncoder
 
 __all__ = ["NonFiniteGuard", "decay_groups", "layer_groups", "optimizer_and_schedule", "warmup_cosine"]
 
-_NO_DECAY = ("pos_embed", "cls_token", "positional_embedding", "position_bias")
+_NO_DECAY = ("pos_embed", "cls_token", "positional_embedding", "position_bias", "group_embed")
 
 
 def decay_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:

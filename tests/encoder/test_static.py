@@ -7,7 +7,14 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from dtpvit.encoder import DualEncoder, Tokens, VisionEncoder, VisualTower
+from dtpvit.encoder import (
+    DualEncoder,
+    NativeSegmentationEncoder,
+    NeighbourhoodEncoder,
+    Tokens,
+    VisionEncoder,
+    VisualTower,
+)
 from dtpvit.encoder.layers import Block
 from dtpvit.encoder.ops.exportable import means_by_product, ranks_by_counting
 from dtpvit.encoder.ops.segments import Segments, pool_segments
@@ -116,6 +123,18 @@ def check_compiled(arguments, backend, **compiling):
     twin.eval()
     with torch.no_grad():
         torch.testing.assert_close(compiled(images).pooled, twin(images).pooled, rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["convolution", "merging", "grouping"])
+def test_an_encoder_of_levels_is_one_graph(kind):
+    sizes = {"image_size": 32, "dim": 8, "depths": (1, 1, 1), "num_heads": (1, 2, 2), "kernel_size": 3}
+    merging = {"matching": "two_rounds"} if kind == "merging" else None
+    made = NativeSegmentationEncoder(**sizes) if kind == "grouping" else NeighbourhoodEncoder(**sizes, merging=merging)
+    made.train()
+    twin = copy.deepcopy(made)
+    compiled, images = torch.compile(made, fullgraph=True, backend="aot_eager"), torch.randn(4, 3, 32, 32)
+    assert_same_step(trained(made, compiled, images), trained(twin, twin, images))
 
 
 QUICK = ("fixed", "symmetric", "random", "tome", "pitome", "tomesd", "token fuser", "evit", "dynamic-vit")

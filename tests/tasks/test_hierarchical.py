@@ -11,7 +11,7 @@ import yaml
 from dtpvit.encoder import NeighbourhoodEncoder, VisionEncoder
 from dtpvit.errors import UserError
 from dtpvit.evaluation.cost import dense_macs
-from dtpvit.evaluation.towers import load_tower
+from dtpvit.evaluation.towers import dense_counterpart, load_tower
 from dtpvit.interop.create import build_clip, build_trunk
 from dtpvit.interop.dense_weights import load_dense
 from dtpvit.interop.export import export
@@ -75,6 +75,8 @@ def test_classification(fragment, tmp_path):
     again = image_model(tiny(fragment), labelled.CLASSES)
     assert not load_dense(again, path).fresh
     tower = load_tower(str(path))
+    with pytest.raises(UserError, match="name a --reference"):
+        dense_counterpart(tower)
     assert tower.macs(tower.encode(images)[1].layouts) == pytest.approx(1e9 * figures["val/gmacs"], rel=1e-5)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dtpvit.encoder.evidence import Evidence
+from dtpvit.encoder.layout import Layout
 from dtpvit.encoder.ops.noise import uniform_noise
 from dtpvit.encoder.ops.window_matching import Windows, match_targets, places_by_noise, places_by_part, windows_of
 from dtpvit.encoder.reducers.base import Reduction, TokenReducer
@@ -80,7 +81,7 @@ class WindowedToMe(TokenReducer):
         windows = windows_of(rows, columns, self.window, tokens.features.device)
         grid = -(-rows // 2), -(-columns // 2)
         prefix = layout.num_prefix
-        after = layout.resized(layout.lengths, lambda length: prefix + grid[0] * grid[1])
+        after = Layout.uniform_of(layout.batch, prefix + grid[0] * grid[1], prefix, tokens.features.device)
         keys, size = (x.unflatten(0, (layout.batch, -1))[:, prefix:] for x in (evidence.keys.detach(), tokens.size))
         with torch.autocast(keys.device.type, enabled=False):
             found = self._match(keys[:, windows.cell], size[:, windows.cell], windows, self._noise(tokens))
@@ -95,11 +96,8 @@ class WindowedToMe(TokenReducer):
         """Shape (B or 1, 1, 2 P), the second half for a second round."""
         place = torch.arange(2 * self.window**2, device=tokens.features.device)
         if not self.training:
-            return (
-                place.view(1, 1, -1).float()
-                if self.matching == "parts"
-                else uniform_noise(place * 0, place)[None, None]
-            )
+            noise = place.float() if self.matching == "parts" else uniform_noise(torch.zeros_like(place), place)
+            return noise[None, None]
         if tokens.seed is None:
             raise ValueError("windowed merging needs tokens.seed in training, from which the targets follow")
         return uniform_noise(tokens.seed[:, None, None], place)
