@@ -163,6 +163,21 @@ class Tokens:
         """Packed token of each original patch, int64, shape (P,); an image's first where the patch was dropped."""
         return self.layout.first[self.patches.image] + self.num_prefix + self.source.clamp(min=0)
 
+    def patch_mean(self, values: Tensor) -> Tensor:
+        """Mean of the values of each token's patches, 0 where it has none.
+
+        Args:
+            values: One a patch, shape (P,).
+
+        Returns:
+            float32, shape (T,).
+        """
+        place = self._token_of_patch()
+        # Summed in float64, so that the order in which a device adds shows in no digit of the mean.
+        both = torch.stack((torch.ones_like(values), values), dim=1).double().masked_fill((self.source < 0)[:, None], 0)
+        count, total = both.new_zeros(self.layout.total, 2).index_add_(0, place, both).unbind(1)
+        return (total / count.clamp(min=1)).to(torch.float32)
+
     def prefix_features(self) -> Tensor:
         """The class and register tokens, shape (B, num_prefix, D)."""
         offset = torch.arange(self.num_prefix, device=self.features.device)

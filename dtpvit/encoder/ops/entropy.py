@@ -1,6 +1,6 @@
 """How much there is to see in a patch: the entropy of its pixels.
 
-Shape letters: B images, N patches an image.
+Shape letters: B images, N patches an image, T tokens of all images.
 """
 
 from __future__ import annotations
@@ -9,8 +9,11 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-__all__ = ["CELLS", "pixel_entropy"]
+from dtpvit.encoder.layout import Layout
+
+__all__ = ["CELLS", "pixel_entropy", "spikes"]
 
 CELLS = (1, 2, 4)  # sides, in patches, of the cells whose entropy is taken
 _BINS = 512  # of grey levels, as Choudhury et al. (ICLR 2026) have them
@@ -56,4 +59,21 @@ def _entropy_of_cells(counts: Tensor, side: int, patch_size: int) -> Tensor:
     nats = (math.log(pixels) - (whole * whole.clamp(min=1).log()).sum(3) / pixels).clamp(min=0)
     spread = (nats / math.log(2)).repeat_interleave(side, 1).repeat_interleave(side, 2)
     outside = (0, counts.shape[2] - columns * side, 0, counts.shape[1] - rows * side)
-    return torch.nn.functional.pad(spread, outside, value=float("inf"))
+    return pad(spread, outside, value=float("inf"))
+
+
+def spikes(entropy: Tensor, layout: Layout) -> Tensor:
+    """Entropy at each place of the line less the higher one of the two places before.
+
+    Places before an image's first patch do not count; there, and at the prefix, the rise is 0.
+
+    Args:
+        entropy: In line order, shape (T,).
+        layout: Of the T places.
+
+    >>> spikes(torch.tensor([5.0, 1.0, 3.0, 4.0, 2.0]), Layout.fetched(torch.tensor([5])))
+    tensor([ 0., -4., -2.,  1., -2.])
+    """
+    one, two = (pad(entropy, (back, 0))[: layout.total] for back in (1, 2))
+    second = layout.position == layout.num_prefix + 1
+    return (entropy - torch.where(second, one, torch.maximum(one, two))).masked_fill(layout.opening, 0.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from dtpvit.encoder.ops.entropy import spikes
 from dtpvit.encoder.ops.min_variance import minimum_variance_starts
 from dtpvit.encoder.reducers.precision import FullPrecision
 from dtpvit.encoder.tokens import Tokens
@@ -244,33 +245,16 @@ def exact_starts(tokens: Tokens, order: Tensor | None, segments: Tensor, most: i
     return starts.reshape(-1)[tokens.layout.unpadded].to(torch.float32)
 
 
-@torch.no_grad()
 def entropy_rise(tokens: Tokens, order: Tensor | None) -> Tensor:
-    """Pixel entropy of the token at each place of the line less the higher one of the two places before, in bits.
-
-    A token that stands for several patches has the mean of theirs. Places before an image's first patch do not count;
-    there, and at the prefix, the rise is 0.
-
-    Returns:
-        float32, shape (T,), in line order.
+    """How far each place's pixel entropy rises over the two places before, in bits, float32, shape (T,), in line order.
 
     Raises:
         ValueError: If the tokens came without the entropy of their pixels.
     """
     if tokens.pixel_entropy is None:
         raise ValueError("boundaries at entropy spikes need tokens.pixel_entropy, which VisionEncoder.embed computes")
-    layout, image = tokens.layout, tokens.patches.image
-    place = layout.first[image] + layout.num_prefix + tokens.source.clamp(min=0)
-    # Summed in float64, so that the order in which a device adds shows in no digit of the mean.
-    own = torch.stack((torch.ones_like(tokens.pixel_entropy[:, 0]), tokens.pixel_entropy[:, 0]), dim=1).double()
-    own = own.masked_fill((tokens.source < 0)[:, None], 0.0)
-    count, total = own.new_zeros(layout.total, 2).index_add_(0, place, own).unbind(1)
-    entropy = (total / count.clamp(min=1)).to(torch.float32)
-    entropy = entropy if order is None else entropy[order]
-    before = [nn.functional.pad(entropy, (back, 0))[: layout.total] for back in (1, 2)]
-    second = layout.position == layout.num_prefix + 1
-    highest = torch.where(second, before[0], torch.maximum(*before))
-    return (entropy - highest).masked_fill(layout.opening, 0.0)
+    entropy = tokens.patch_mean(tokens.pixel_entropy[:, 0])
+    return spikes(entropy if order is None else entropy[order], tokens.layout)
 
 
 def _grid_of_line(tokens: Tokens, order: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
