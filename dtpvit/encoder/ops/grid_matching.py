@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dtpvit.encoder.ops.exportable import descending_ranks
-from dtpvit.encoder.ops.noise import uniform_noise
+from dtpvit.encoder.ops.noise import advance_seed, uniform_noise
 
 __all__ = ["grid_destinations", "match_to_destinations"]
 
@@ -37,7 +37,9 @@ def grid_destinations(
     first = (top * columns + left).flatten()
     if seed is None:
         return first[None]
-    within = (uniform_noise(seed[:, None], first) * (high * wide)).to(torch.int64)
+    # A seed for each cell, at a position that no token has: a product of computed positions overflows inductor.
+    own = advance_seed(seed)[:, None] + first
+    within = (uniform_noise(own, torch.full_like(first, -1)) * (high * wide)).to(torch.int64)
     return first + within // wide * columns + within % wide
 
 
