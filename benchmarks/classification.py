@@ -83,7 +83,7 @@ def classification(
 def _command(recipe: str, init: str, row: Row, seed: int, options: str, folder: Path) -> list[str]:
     model = yaml.safe_load(Path(recipe).read_text(encoding="utf-8"))["model"]["init_args"]["model"]
     model = {**model, "reducers": row.reducers}
-    command = ["dtpvit", "fit", "--config", recipe, "--init", init, "--name", str(folder.relative_to("runs"))]
+    command = ["dtpvit", "fit", "--config", recipe, "--init", init, "--name", os.path.relpath(folder, "runs")]
     command += ["--seed_everything", str(seed), "--data.init_args.seed", str(seed)]
     command += ["--trainer.limit_val_batches", "0", "--model.init_args.model", json.dumps(model)]
     return [*command, *row.options, *shlex.split(options)]
@@ -92,10 +92,11 @@ def _command(recipe: str, init: str, row: Row, seed: int, options: str, folder: 
 def _run(
     recipe: str, init: str, row: Row, seed: int, options: str, jobs: int, folder: Path, device: torch.device
 ) -> None:
-    """Train and evaluate one row with one seed, unless it was done before."""
-    if (folder / "images.json").is_file():
-        return
+    """Train and evaluate one row with one seed, unless that very command was run before."""
     command = _command(recipe, init, row, seed, options, folder)
+    kept = folder / "images.json"
+    if kept.is_file() and json.loads(kept.read_text(encoding="utf-8")).get("command") == command:
+        return
     threads = str(torch.get_num_threads())
     print(shlex.join(command), flush=True)
     start = time.perf_counter()
@@ -106,7 +107,7 @@ def _run(
     if done.returncode:
         raise SystemExit(f"{shlex.join(command)} ended with {done.returncode}:\n{done.stderr[-2000:]}")
     images = _evaluate(recipe, folder / "checkpoints" / "last.ckpt", device)
-    (folder / "images.json").write_text(json.dumps({"minutes": minutes, **images}), encoding="utf-8")
+    kept.write_text(json.dumps({"command": command, "minutes": minutes, **images}), encoding="utf-8")
 
 
 @torch.no_grad()

@@ -34,7 +34,8 @@ def test_every_config_builds(path, monkeypatch):
     config = yaml.safe_load(path.read_text())
     task = built(config["model"])
     built(config["data"])
-    L.Trainer(**config["trainer"], accelerator="cpu", logger=False, enable_checkpointing=False)
+    callbacks = [built(part) for part in config["trainer"].pop("callbacks", [])]
+    L.Trainer(**config["trainer"], callbacks=callbacks, accelerator="cpu", logger=False, enable_checkpointing=False)
     trunk = task.model.visual.trunk if hasattr(task.model, "visual") else task.model
     rate = next((getattr(r, "compression", None) for r in trunk.reducers.values()), 1)
     for size in ("dense", "2x", "4x", "10x"):

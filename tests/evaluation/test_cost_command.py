@@ -201,3 +201,13 @@ def test_speed_ups_are_of_one_round():
     """A machine that is slow for a round changes no ratio."""
     found = speed_ups({"dense": [4.0, 40.0, 4.0], "ours": [1.0, 10.0, 1.0]}, "dense")
     assert found["ours"] == Quartiles(4.0, 4.0, 4.0) and found["dense"].median == 1.0
+
+
+@pytest.mark.parametrize("name", ["flowers224", "cc12m_10x"])
+def test_a_config_counts_with_the_reducers_it_was_given(name, tmp_path):
+    """What `fit --reducers FILE` leaves in the run's config.yaml."""
+    config = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+    config["model"]["init_args"]["reducers"] = {"3": {"class_path": "FixedStride", "init_args": {"compression": 2}}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    tower = load_tower(str(tmp_path / "config.yaml"))
+    assert {block: type(reducer).__name__ for block, reducer in tower.trunk.reducers.items()} == {"3": "FixedStride"}

@@ -162,3 +162,43 @@ def test_the_table_that_comes_along_builds():
     assert len(rows) > 30
     for row in rows:
         create_encoder("vit_tiny_patch16_224", reducers=row.reducers)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"router": "cosine"}, {"rate": "ratio", "estimator": "dtp"}, {"router": "local"}], ids=str
+)
+def test_reducers_that_draw_in_training_can_be_fitted(options, project, inside):
+    spec = {3: {"class_path": "DynamicPooling", "init_args": {"compression": 3, **options}}}
+    pretrained = load_pretrained(MODEL, "vit.pt", spec)
+    pixels = torch.stack([pil_to_tensor(Image.open(path)) for path in sorted(project.glob("images/*/*.png"))])
+    fit_reducers(pretrained, pixels, batch_size=6, device="cpu")
+    assert pretrained.trunk.reducers["3"].boundary_calibration.boundary_threshold.isfinite()
+    assert not any(module.training for module in pretrained.model.modules())
+
+
+def test_rows_of_other_pixel_statistics_or_weights_are_other_rows(project, inside, tmp_path, monkeypatch):
+    arguments = command(project, "--rounds", "0", "--out", str(tmp_path), files=["table.yaml"])
+    assert main(arguments) == 0
+    kept = set(tmp_path.glob("rows/*"))
+    assert main([*arguments, "--mean", "[0.5,0.5,0.5]"]) == 0
+    assert len(set(tmp_path.glob("rows/*")) - kept) == len(kept)
+
+
+@pytest.mark.parametrize(
+    ("row", "sentence"),
+    [
+        ("3: {class_path: DynamicPooling, init_args: {compression: 0.5}}", "the row 'bad' does not build"),
+        ("3: {class_path: ToMe, init_args: {r: 3, q: 4}}", "the row 'bad' does not build"),
+        ("12: {class_path: ToMe, init_args: {r: 3}}", "block 12 of 12"),
+    ],
+)
+def test_rows_that_cannot_be_are_found_out_before_any_is_computed(row, sentence, project, inside, tmp_path, capsys):
+    (tmp_path / "bad.yaml").write_text(row)
+    assert main(command(project, "--out", str(tmp_path), files=["table.yaml", str(tmp_path / "bad.yaml")])) == 2
+    assert sentence in capsys.readouterr().err and not list(tmp_path.glob("rows/*"))
+
+
+def test_what_was_never_trained_is_named(project, inside, tmp_path, capsys):
+    (tmp_path / "learner.yaml").write_text("6: {class_path: TokenLearner, init_args: {num_tokens: 4}}")
+    assert main(command(project, "--rounds", "0", "--out", str(tmp_path), files=[str(tmp_path / "learner.yaml")])) == 0
+    assert "learner has parts that were never trained" in capsys.readouterr().out

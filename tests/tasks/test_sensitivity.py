@@ -118,3 +118,18 @@ def test_on_real_images_it_beats_minimum_variance(shared_data):
         for router, found in logits.items()
     }
     assert far["sensitivity"] < 0.8 * far["minimum_variance"]
+
+
+def test_a_second_pooling_is_fitted_behind_exact_segments_whatever_finds_them_later():
+    """A predictor that has not learned yet must not decide what the weights behind it are fitted on."""
+    found = []
+    for options in ({"router": "sensitivity"}, {"router": "local", "estimator": "imitation", "budget": "fixed"}):
+        reducers = {block: DynamicPooling(24, compression=2, **options) for block in (1, 2)}
+        torch.manual_seed(0)  # of the trunk
+        encoder = VisionEncoder(image_size=48, patch_size=8, dim=24, depth=4, num_heads=2, reducers=reducers).eval()
+        images = torch.randn(6, 3, 48, 48, generator=torch.Generator().manual_seed(1))
+        fit_sensitivity(encoder, [images], generator=torch.Generator().manual_seed(2))
+        assert not any(module.training for module in encoder.modules())
+        found.append([encoder.reducers[str(b)].boundary_predictor.boundary_sensitivity for b in (1, 2)])
+    for one, two in zip(*found, strict=True):
+        assert one.any() and torch.equal(one, two)
