@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -28,8 +29,6 @@ _LONG = {
     "--data": "--data.init_args.train",
     "--init": "--model.init_args.init",
     "--precision": "--trainer.precision",
-    "--encoder": "--model.init_args.encoder",
-    "--reducers": "--model.init_args.reducers",
 }
 
 
@@ -52,20 +51,26 @@ def expand_shorthands(command: str, arguments: list[str]) -> list[str]:
         UserError: If a fragment is no YAML file that holds a mapping.
     """
     moved, skip, named = list[str](), set[int](), dict[str, str]()
+    vision = dict[str, Any]()
     for index, width, option, value in options(arguments):
         if index in skip:
             continue
         if option in ("-c", "--config", "--encoder", "--reducers") and Path(value).is_file():
             named["--config" if option == "-c" else option] = Path(value).stem
-        if option not in _LONG or (option == "--data" and _names_a_class(value)):
+        if option in ("--encoder", "--reducers"):
+            vision[option.removeprefix("--")] = _fragment(option, value)
+        elif option in _LONG and not (option == "--data" and _names_a_class(value)):
+            at_val = option == "--data" and command not in ("fit", "tune")
+            moved.append(f"{'--data.init_args.val' if at_val else _LONG[option]}={value}")
+        else:
             continue
-        long = "--data.init_args.val" if option == "--data" and command not in ("fit", "tune") else _LONG[option]
-        moved.append(f"{long}={_fragment(option, value) if option in ('--encoder', '--reducers') else value}")
         skip |= set(range(index, index + width))
     kept = [argument for index, argument in enumerate(arguments) if index not in skip]
     if set(named) > {"--config"} and not any(option == "--name" for _, _, option, _ in options(kept)):
         parts = [named[option] for option in ("--config", "--encoder", "--reducers") if option in named]
         kept += ["--name", "-".join(parts)]
+    if vision:
+        moved.append(f"--model.init_args.vision={json.dumps(vision)}")
     return kept + moved
 
 
@@ -78,21 +83,20 @@ def missing_file(kind: str, value: str, usual: str) -> UserError:
     return UserError(f"there is no {kind} {value!r}; {advice}")
 
 
-def _fragment(option: str, value: str) -> str:
-    """A part of a config, from its file, as JSON; what is written out passes through."""
-    if value.startswith("{"):
-        return value
-    if not Path(value).is_file():
+def _fragment(option: str, value: str) -> dict[Any, Any]:
+    """A part of a config, from its file or written out."""
+    inline = value.startswith("{")
+    if not inline and not Path(value).is_file():
         raise missing_file(f"file of {option}", value, f"configs/{option.removeprefix('--').removesuffix('s')}s")
     try:
-        found = yaml.safe_load(Path(value).read_text(encoding="utf-8"))
+        found = yaml.safe_load(value if inline else Path(value).read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{option} {value} is no YAML: {error}") from error
     if not isinstance(found, dict):
         raise UserError(
             f"{option} {value} holds {type(found).__name__}; expected a mapping like configs/reducers/*.yaml"
         )
-    return json.dumps(found)
+    return found
 
 
 def _names_a_class(value: str) -> bool:

@@ -27,8 +27,8 @@ def takes_a_step(trunk, encoding):
 
 
 def test_classification_builds_and_steps(fragment):
-    task = Classification(model=NARROW, num_classes=3, reducers=fragment).train()
-    assert task.model.reducers and task.hparams["model"]["reducers"] == fragment and "reducers" not in task.hparams
+    task = Classification(model=NARROW, num_classes=3, vision={"reducers": fragment}).train()
+    assert task.model.reducers and task.hparams["model"]["reducers"] == fragment and "vision" not in task.hparams
     takes_a_step(task.model, task.model.encode(torch.randn(2, 3, 224, 224)))
     again = Classification(**task.hparams)
     again.load_state_dict(task.state_dict())
@@ -36,7 +36,7 @@ def test_classification_builds_and_steps(fragment):
 
 def test_contrastive_builds_and_steps(fragment):
     text = {"context_length": 8, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
-    task = Contrastive(model={"embed_dim": 8, "vision": NARROW, "text": text}, reducers=fragment).train()
+    task = Contrastive(model={"embed_dim": 8, "vision": NARROW, "text": text}, vision={"reducers": fragment}).train()
     takes_a_step(task.trunk, task.model.visual.encode(torch.randn(2, 3, 224, 224))[1])
 
 

@@ -22,13 +22,14 @@ def test_a_fragment_becomes_json_and_names_the_run(folder: Path) -> None:
     given = ["--reducers", "configs/reducers/tome.yaml", "--config", "flowers.yaml", "--trainer.max_steps", "1"]
     assert expand_shorthands("fit", given) == [
         *["--config", "flowers.yaml", "--trainer.max_steps", "1", "--name", "flowers-tome"],
-        '--model.init_args.reducers={"0-11": {"class_path": "ToMe", "init_args": {"r": 8}}}',
+        '--model.init_args.vision={"reducers": {"0-11": {"class_path": "ToMe", "init_args": {"r": 8}}}}',
     ]
 
 
 def test_a_name_that_is_given_stays_and_inline_json_passes(folder: Path) -> None:
     given = ["-c", "flowers.yaml", "--name=mine", "--reducers={}", "--init", "a.pt"]
-    expected = ["-c", "flowers.yaml", "--name=mine", "--model.init_args.reducers={}", "--model.init_args.init=a.pt"]
+    expected = ["-c", "flowers.yaml", "--name=mine", "--model.init_args.init=a.pt"]
+    expected += ['--model.init_args.vision={"reducers": {}}']
     assert expand_shorthands("fit", given) == expected
 
 
@@ -51,3 +52,8 @@ def test_on_the_command_line(folder: Path, capsys: pytest.CaptureFixture[str]) -
         main([*arguments, "--reducers", "configs/reducers/tome.yaml"])
     printed = capsys.readouterr().out
     assert "r: 8" in printed and "name: flowers-tome" in printed
+    Path("nat.yaml").write_text("{class_path: NeighbourhoodEncoder, init_args: {dim: 16}}")
+    with pytest.raises(SystemExit):
+        main([*arguments, "--encoder", "nat.yaml"])
+    printed = capsys.readouterr().out
+    assert "class_path: NeighbourhoodEncoder" in printed and "name: flowers-nat" in printed

@@ -178,14 +178,14 @@ def _of_config(spec: str, path: Path) -> Tower:
         model = options["model"]
     except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise UserError(f"the config {path} names no model at model.init_args.model; give a YAML of a task") from error
-    parts = options.get("encoder"), options.get("reducers")
+    entries = options.get("vision") or {}
     if "num_classes" not in options:
-        if parts != (None, None):
+        if entries:
             model = model_config(model)
-            model["vision"] = replaced(model["vision"], *parts)
+            model["vision"] = replaced(model["vision"], entries)
         return _of_clip(spec, load_clip(model))
-    if parts != (None, None):
-        model = replaced(vision_config(model), *parts)
+    if entries:
+        model = replaced(vision_config(model), entries)
     return _of_classifier(
         spec, create_classifier(model, options["num_classes"], options.get("mean"), options.get("std"))
     )

@@ -122,21 +122,17 @@ def model_config(model: str | Mapping[str, Any]) -> dict[str, Any]:
     return config
 
 
-def replaced(
-    vision: Mapping[str, Any], encoder: Mapping[str, Any] | None, reducers: Mapping[Any, Any] | None
-) -> dict[str, Any]:
-    """A vision config with another encoder, or other reducers, than it names.
+def replaced(vision: Mapping[str, Any], entries: Mapping[str, Any]) -> dict[str, Any]:
+    """A vision config with other entries than it has.
 
     Args:
         vision: The config.
-        encoder: Class path and arguments of another encoder, of which nothing else in the config then speaks.
-        reducers: Instead of all that the config has, an empty mapping for none; None leaves them.
+        entries: Instead of its own. An ``encoder``, with class_path and init_args, replaces the config as a whole.
 
-    >>> replaced({"preset": "vit_tiny_patch16_224", "reducers": {}}, None, {3: {"class_path": "ToMe"}})
+    >>> replaced({"preset": "vit_tiny_patch16_224", "reducers": {}}, {"reducers": {3: {"class_path": "ToMe"}}})
     {'preset': 'vit_tiny_patch16_224', 'reducers': {3: {'class_path': 'ToMe'}}}
     """
-    found = dict(vision) if encoder is None else {"encoder": dict(encoder)}
-    return found if reducers is None else {**found, "reducers": dict(reducers)}
+    return {**({} if "encoder" in entries else vision), **entries}
 
 
 def to_open_clip(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -71,8 +71,7 @@ class Classification(ImageTask):
         teacher: A dense model to learn from, arguments of :class:`dtpvit.tasks.distillation.Teacher`.
         grad_checkpointing: Recompute blocks in the backward pass.
         max_nonfinite: Steps with a NaN or infinite loss, in a row, after which the run stops.
-        encoder: Instead of the model's Vision Transformer, another encoder: its class_path and init_args.
-        reducers: Instead of the model's, others, by block.
+        vision: Entries of the vision config instead of the model's, such as other ``reducers``, or another ``encoder``.
 
     Raises:
         UserError: If the model does not build or an argument does not fit.
@@ -102,13 +101,12 @@ class Classification(ImageTask):
         teacher: TeacherOptions | None = None,
         grad_checkpointing: bool = False,
         max_nonfinite: int = 20,
-        encoder: dict[str, Any] | None = None,
-        reducers: dict[Any, Any] | None = None,
+        vision: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        if encoder is not None or reducers is not None:
-            model = replaced(vision_config(model), encoder, reducers)
-        self.save_hyperparameters(ignore=["encoder", "reducers"])
+        if vision is not None:
+            model = replaced(vision_config(model), vision)
+        self.save_hyperparameters(ignore=["vision"])
         self.mode: Mode = mode
         self.num_classes = num_classes
         built = create_classifier(model, num_classes, mean, std)

@@ -125,7 +125,7 @@ def _check(row: ComparedRow, dense: Pretrained) -> None:
         assert isinstance(reducer, TokenReducer)
         learned |= {name for name, _ in reducer.named_parameters() if not name.endswith("boundary_sensitivity")}
     if learned:
-        print(f"dtpvit: {row.name} has parts that were never trained and is shown as it starts, at random")
+        print(f"dtpvit: {row.name} has parts that training would change; it is shown as it starts")
 
 
 def _stamp(init: str | None) -> list[int] | None:

@@ -51,8 +51,7 @@ class Contrastive(ImageTask):
         gather_with_grad: Let gradients flow through the gathered features of other processes.
         grad_checkpointing: Recompute blocks in the backward pass.
         max_nonfinite: Steps with a NaN or infinite loss, in a row, after which the run stops.
-        encoder: Instead of the model's Vision Transformer, another encoder: its class_path and init_args.
-        reducers: Instead of the model's, others, by block.
+        vision: Entries of the vision config instead of the model's, such as other ``reducers``, or another ``encoder``.
 
     Raises:
         UserError: If the model does not build or an argument does not fit.
@@ -75,18 +74,17 @@ class Contrastive(ImageTask):
         gather_with_grad: bool = True,
         grad_checkpointing: bool = False,
         max_nonfinite: int = 20,
-        encoder: dict[str, Any] | None = None,
-        reducers: dict[Any, Any] | None = None,
+        vision: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         if local_loss and not gather_with_grad:
             raise UserError("local_loss without gather_with_grad gives wrong gradients; set both or neither")
         if accum_freq < 1:
             raise UserError(f"accum_freq is {accum_freq}; expected at least 1")
-        if encoder is not None or reducers is not None:
+        if vision is not None:
             model = model_config(model)
-            model["vision"] = replaced(model["vision"], encoder, reducers)
-        self.save_hyperparameters(ignore=["encoder", "reducers"])
+            model["vision"] = replaced(model["vision"], vision)
+        self.save_hyperparameters(ignore=["vision"])
         self.config = model_config(model)
         self.model = build_clip(self.config)
         self.model.set_grad_checkpointing(grad_checkpointing)

@@ -207,7 +207,9 @@ def test_speed_ups_are_of_one_round():
 def test_a_config_counts_with_the_reducers_it_was_given(name, tmp_path):
     """What `fit --reducers FILE` leaves in the run's config.yaml."""
     config = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
-    config["model"]["init_args"]["reducers"] = {"3": {"class_path": "FixedStride", "init_args": {"compression": 2}}}
+    config["model"]["init_args"]["vision"] = {
+        "reducers": {"3": {"class_path": "FixedStride", "init_args": {"compression": 2}}}
+    }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     tower = load_tower(str(tmp_path / "config.yaml"))
     assert {block: type(reducer).__name__ for block, reducer in tower.trunk.reducers.items()} == {"3": "FixedStride"}
