@@ -127,7 +127,7 @@ def test_training_equals_the_slow_reference_gradients_included():
     encoding = encoder(images, seeds=seeds)
     losses = torch.stack(list(encoding.losses.values()))
     expected = [slow_encode(encoder, image, seed, STAGES) for image, seed in zip(images, seeds, strict=True)]
-    ratio = torch.stack([2 / 3 * sum(losses) / len(losses) for losses in zip(*(e[3] for e in expected), strict=True)])
+    ratio = torch.stack([2 / 3 * sum(losses) / len(images) for losses in zip(*(e[3] for e in expected), strict=True)])
     torch.testing.assert_close(losses, ratio)
     pooled = torch.stack([e[0] for e in expected])
     torch.testing.assert_close(encoding.pooled, pooled)

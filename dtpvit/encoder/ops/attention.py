@@ -107,16 +107,21 @@ def class_attention(qkv_T3HE: Tensor, layout: Layout, key_bias: Tensor | None = 
     """
     if not layout.num_prefix:
         raise ValueError("class attention needs a class token in front of each sequence; there is none")
-    q_BHE = qkv_T3HE[:, 0].index_select(0, layout.first)
-    keys = qkv_T3HE[:, 1] if layout.uniform else take_rows(qkv_T3HE[:, 1], layout.padded, layout.unpadded)
-    k_BNHE = keys.unflatten(0, (layout.batch, layout.longest))
+    queries, keys, cells = qkv_T3HE[:, 0], qkv_T3HE[:, 1], (layout.batch, layout.longest)
+    # Equal lengths need no index, which a compiled graph could not derive within a checkpointed block.
+    q_BHE = queries.unflatten(0, cells)[:, 0] if layout.uniform else queries.index_select(0, layout.first)
+    keys = keys if layout.uniform else take_rows(keys, layout.padded, layout.unpadded)
+    k_BNHE = keys.unflatten(0, cells)
     wide = torch.promote_types(keys.dtype, torch.float32)  # methods rank tokens by it
     with torch.autocast(keys.device.type, enabled=False):
         logits_BHN = torch.einsum("bhe,bnhe->bhn", q_BHE.to(wide), k_BNHE.to(wide)) * q_BHE.shape[-1] ** -0.5
     if key_bias is not None:
-        logits_BHN = logits_BHN + key_bias[layout.padded].view(layout.batch, 1, layout.longest)
+        bias = key_bias if layout.uniform else key_bias[layout.padded]
+        logits_BHN = logits_BHN + bias.view(layout.batch, 1, layout.longest)
+    if layout.uniform:
+        return logits_BHN.softmax(-1).mean(1).flatten()
     row = logits_BHN.masked_fill(layout.padding[:, None], float("-inf")).softmax(-1).mean(1).flatten()
-    return row if layout.uniform else take_rows(row, layout.unpadded, layout.padded, unread=layout.padding)
+    return take_rows(row, layout.unpadded, layout.padded, unread=layout.padding)
 
 
 def fold_key_bias(q_THE: Tensor, k_SHE: Tensor, v_SHE: Tensor, key_bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -39,14 +39,16 @@ def policy_attention(qkv_T3HE: Tensor, layout: Layout, policy: Tensor, *, key_bi
         logits = q_BHNE.to(wide) @ k_BHNE.to(wide).transpose(2, 3) * q_BHNE.shape[-1] ** -0.5
         if key_bias is not None:
             logits = logits + _cells(key_bias, layout)[:, None, None]
-        padding = layout.padding[:, None, None]
-        logits = logits.masked_fill(padding, float("-inf"))
+        if not layout.uniform:
+            logits = logits.masked_fill(layout.padding[:, None, None], float("-inf"))
         itself = torch.eye(layout.longest, dtype=torch.bool, device=policy.device)
         mask = seen_BN[:, None, None].expand(-1, 1, layout.longest, -1).masked_fill(itself, 1.0)
         weight = (logits - logits.amax(3, keepdim=True)).exp() * mask
         count = layout.lengths.to(wide).view(-1, 1, 1, 1)
         share = (weight + _EPS / count) / (weight.sum(3, keepdim=True) + _EPS)
-        out = share.masked_fill(padding, 0.0).to(v_BHNE.dtype) @ v_BHNE
+        if not layout.uniform:  # the eps would count it
+            share = share.masked_fill(layout.padding[:, None, None], 0.0)
+        out = share.to(v_BHNE.dtype) @ v_BHNE
     cells = out.transpose(1, 2).flatten(0, 1)
     if layout.uniform:
         return cells
