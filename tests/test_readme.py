@@ -34,6 +34,18 @@ def test_commands_and_configs_exist():
     assert {path.name for path in (REPOSITORY / "configs").glob("*.yaml")} <= listed
 
 
+def test_every_way_of_reducing_tokens_has_its_line():
+    for path in (REPOSITORY / "configs").glob("*/*.yaml"):
+        assert f"`{path.stem}`" in README or f"`configs/{path.parent.name}/{path.name}`" in README, path
+
+
+def test_the_pages_of_results_that_are_cited_exist():
+    pages = [*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/**/*.md"), *REPOSITORY.glob("configs/**/*.yaml")]
+    for page in pages:
+        for cited in re.findall(r"docs/results/\w+\.(?:md|png)", page.read_text(encoding="utf-8")):
+            assert (REPOSITORY / cited).is_file(), (page, cited)
+
+
 @pytest.mark.parametrize("target", ["install", "demo", "test", "test-all"])
 def test_make_targets_exist(target):
     assert f"make {target}" in README

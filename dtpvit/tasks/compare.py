@@ -244,7 +244,7 @@ class _Comparison:
 
 
 def _report(results: Sequence[ComparedResult], about: dict[str, Any], folder: Path, count: int) -> None:
-    Console().print(shown(results))
+    Console(width=None if sys.stdout.isatty() else 200).print(shown(results))  # in a log no row is folded
     write(results, {"command": shlex.join(["dtpvit", *sys.argv[1:]]), **about}, folder)
     pictures = [folder / "comparison.png", folder / "comparison.svg"]
     try:
