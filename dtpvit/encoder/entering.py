@@ -67,7 +67,9 @@ def enter(
         layouts = BlockLayouts.of(came, fewer.layout)
 
     def rest(tokens: Tokens) -> Tokens:
-        if reducer.place == "keys":
+        if (
+            reducer.place == "keys" and fewer.policy is None
+        ):  # masked tokens are never regrouped: these are all there are
             found = block.attn.towards(normed.features, came, fewer)
         else:
             found = block.attn(fewer.features, fewer.layout, fewer.key_bias, policy=fewer.policy)[0]

@@ -10,7 +10,7 @@ from dtpvit.encoder import Layout, Tokens, VisionEncoder
 from dtpvit.encoder.ops.attention import packed_attention
 from dtpvit.encoder.ops.noise import advance_seed, logistic_noise
 from dtpvit.encoder.ops.policy import policy_attention
-from dtpvit.encoder.reducers import DynamicViT, Evidence, RandomBoundaries, ToMe
+from dtpvit.encoder.reducers import DynamicViT, Evidence, RandomBoundaries, ToDo, ToMe
 from dtpvit.evaluation.cost import image_cost
 from dtpvit.interop.create import create_encoder
 from dtpvit.tasks.distillation import tokens_loss
@@ -268,3 +268,14 @@ def test_a_dense_teacher_s_tokens_are_learned_where_they_are_kept():
     torch.testing.assert_close(tokens_loss(masked, teacher, "mse"), difference.square().mean())
     assert tokens_loss(masked, teacher, "cosine") != tokens_loss(student, teacher, "cosine")
     assert not tokens_loss(masked, teacher, "mse").requires_grad  # no gradient through which ones
+
+
+def test_masks_hold_where_keys_are_not_downsampled():
+    """ToDo by a factor of 1 is the identity, also among masked tokens."""
+    images, seeds, found = torch.randn(3, 3, 32, 32), torch.arange(3), []
+    for more in ({}, {2: ToDo(24, factor=1)}):
+        torch.manual_seed(0)
+        reducers = {1: DynamicViT(24, keep=0.4), **more}
+        encoder = VisionEncoder(image_size=32, patch_size=8, dim=24, depth=4, num_heads=2, reducers=reducers).train()
+        found.append(encoder(images, seeds=seeds).pooled)
+    torch.testing.assert_close(*found)

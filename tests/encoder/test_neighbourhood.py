@@ -241,3 +241,13 @@ def test_arguments_out_of_range_are_refused(options, message):
 def test_images_of_another_size_are_refused():
     with pytest.raises(ValueError, match="images are 32x32, the encoder was made for 64x64"):
         small()(torch.randn(1, 3, 32, 32))
+
+
+def test_training_after_an_evaluation_in_inference_mode():
+    """Tables are kept from call to call, and that mode's tensors cannot be saved for the backward pass."""
+    sizes = {"image_size": 40, "dim": 8, "depths": (1, 1), "num_heads": (1, 2), "kernel_size": 3}  # a grid of its own
+    model = NeighbourhoodEncoder(**sizes).eval()
+    images = torch.randn(2, 3, 40, 40)
+    with torch.inference_mode():
+        model(images)
+    model.train()(images).pooled.sum().backward()

@@ -22,7 +22,11 @@ def kept_table(function: Callable[P, R]) -> Callable[P, R]:
 
     Export traces with placeholders for tensors, which must not stay behind for the next eager call.
     """
-    kept = lru_cache(maxsize=64)(function)
+
+    @lru_cache(maxsize=64)
+    def kept(*args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.inference_mode(False):  # a table made in that mode could not serve training afterwards
+            return function(*args, **kwargs)
 
     @torch.compiler.assume_constant_result
     @wraps(function)

@@ -70,7 +70,8 @@ class Quadtree(TokenReducer):
         return 2 * tokens * dim**2
 
     def forward(self, tokens: Tokens, evidence: Evidence) -> Reduction:
-        if tokens.grid is None or tokens.pixel_entropy is None:
+        changed = tokens.layout.total - tokens.layout.batch * tokens.num_prefix != tokens.patches.total
+        if tokens.grid is None or tokens.pixel_entropy is None or changed:
             raise ValueError("a quadtree needs tokens that form a grid; put it before every other reducer")
         layout = tokens.layout
         target = self._target(tokens.pixel_entropy.unflatten(0, (layout.batch, -1)), tokens.grid) + layout.num_prefix

@@ -84,7 +84,7 @@ class SpatialGrouping(FullPrecision, TokenReducer):
 
     A group is no mean of the tokens that ``source`` names, those with their largest share in it; its ``size`` is the
     sum of all shares. The paper's bias for each pair of token and group is here one of where the group lies from the
-    token.
+    token, and its MLP has the norm in front of it, as the blocks around it have, not behind it.
 
     Args:
         dim: Width of the tokens.
