@@ -67,9 +67,8 @@ def enter(
         layouts = BlockLayouts.of(came, fewer.layout)
 
     def rest(tokens: Tokens) -> Tokens:
-        if (
-            reducer.place == "keys" and fewer.policy is None
-        ):  # masked tokens are never regrouped: these are all there are
+        # Masked tokens are never regrouped: as keys these are all there are, and every token asks all.
+        if reducer.place == "keys" and fewer.policy is None:
             found = block.attn.towards(normed.features, came, fewer)
         else:
             found = block.attn(fewer.features, fewer.layout, fewer.key_bias, policy=fewer.policy)[0]

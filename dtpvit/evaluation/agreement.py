@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,9 +11,10 @@ from torch.nn.functional import kl_div, log_softmax, normalize
 
 from dtpvit.encoder import Encoding, VisionEncoder
 from dtpvit.evaluation.cost import image_cost
+from dtpvit.evaluation.measuring import alternate
 from dtpvit.interop.pretrained import Pretrained
 
-__all__ = ["Answers", "Outcome", "answers", "dense_output", "divergence", "outcome", "placed"]
+__all__ = ["Answers", "Outcome", "answers", "dense_output", "divergence", "forward_seconds", "outcome", "placed"]
 
 Head = Callable[[Tensor], Tensor]
 
@@ -127,3 +128,22 @@ def placed(pretrained: Pretrained, device: torch.device | str) -> Callable[[Tens
         return pretrained.head(encoding.pooled), encoding
 
     return encode
+
+
+def forward_seconds(
+    candidates: Mapping[str, Pretrained], images: Tensor, device: torch.device, *, rounds: int, warmup: int
+) -> dict[str, list[float]]:
+    """Seconds that each model takes for a batch, in each round, the models in turn.
+
+    Args:
+        candidates: By name; they are moved to the device.
+        images: uint8, shape (B, 3, H, W).
+        device: Where to compute.
+        rounds: Measured passes of each.
+        warmup: Passes of each before that.
+    """
+    steps: dict[str, Callable[[], object]] = {}
+    for name, candidate in candidates.items():
+        encode, pixels = placed(candidate, device), candidate.normalise(images.to(device))
+        steps[name] = torch.no_grad()(lambda encode=encode, pixels=pixels: encode(pixels))
+    return alternate(steps, device, rounds=rounds, warmup=warmup)

@@ -21,7 +21,7 @@ from dtpvit.errors import UserError
 from dtpvit.evaluation.cost import counted_macs, image_cost
 from dtpvit.interop.image_models import ImageClassifier, create_classifier, load_classifier, vision_config
 from dtpvit.interop.loading import LoadedClip, is_classifier, load_clip
-from dtpvit.interop.model_config import NAMES, model_config, replaced, trunk_config
+from dtpvit.interop.model_config import NAMES, replaced, trunk_config, with_vision
 from dtpvit.interop.timm_models import TRUNKS, TimmEncoder
 from dtpvit.interop.weight_files import read_checkpoint
 
@@ -180,10 +180,7 @@ def _of_config(spec: str, path: Path) -> Tower:
         raise UserError(f"the config {path} names no model at model.init_args.model; give a YAML of a task") from error
     entries = options.get("vision") or {}
     if "num_classes" not in options:
-        if entries:
-            model = model_config(model)
-            model["vision"] = replaced(model["vision"], entries)
-        return _of_clip(spec, load_clip(model))
+        return _of_clip(spec, load_clip(with_vision(model, entries) if entries else model))
     if entries:
         model = replaced(vision_config(model), entries)
     return _of_classifier(

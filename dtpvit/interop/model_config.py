@@ -33,6 +33,7 @@ __all__ = [
     "to_open_clip",
     "trunk_config",
     "trunk_name",
+    "with_vision",
 ]
 
 _TEXT = {"context_length": 77, "vocab_size": 49408, "width": 512, "heads": 8, "layers": 12}
@@ -133,6 +134,12 @@ def replaced(vision: Mapping[str, Any], entries: Mapping[str, Any]) -> dict[str,
     {'preset': 'vit_tiny_patch16_224', 'reducers': {3: {'class_path': 'ToMe'}}}
     """
     return {**({} if "encoder" in entries else vision), **entries}
+
+
+def with_vision(model: str | Mapping[str, Any], entries: Mapping[str, Any]) -> dict[str, Any]:
+    """:func:`model_config` of a dual encoder with other entries in its vision config, as of :func:`replaced`."""
+    config = model_config(model)
+    return {**config, "vision": replaced(config["vision"], entries)}
 
 
 def to_open_clip(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -18,10 +18,10 @@ from torch import Tensor
 from dtpvit.datamodules.real_images import real_images
 from dtpvit.datamodules.transforms import eval_transform
 from dtpvit.errors import UserError
-from dtpvit.evaluation.agreement import Outcome, answers, outcome, placed
+from dtpvit.evaluation.agreement import Outcome, answers, forward_seconds, outcome
 from dtpvit.evaluation.arguments import chosen_device, output_file
 from dtpvit.evaluation.equal_cost import merge_to_cost
-from dtpvit.evaluation.measuring import alternate, machine
+from dtpvit.evaluation.measuring import machine
 from dtpvit.interop.pretrained import Pretrained, load_pretrained
 from dtpvit.tasks.adaptation import adapt_encoder
 
@@ -146,11 +146,8 @@ def _speeds(candidates: dict[str, Pretrained], images: Tensor, device: torch.dev
     """Images/s of each, measured in turn."""
     if not rounds:
         return {}
-    steps: dict[str, Callable[[], object]] = {}
-    for name, candidate in candidates.items():
-        encode, pixels = placed(candidate, device), candidate.normalise(images.to(device))
-        steps[name] = torch.no_grad()(lambda encode=encode, pixels=pixels: encode(pixels))
-    return {name: len(images) / median(s) for name, s in alternate(steps, device, rounds=rounds).items()}
+    seconds = forward_seconds(candidates, images, device, rounds=rounds, warmup=2)
+    return {name: len(images) / median(times) for name, times in seconds.items()}
 
 
 def _show(

@@ -14,14 +14,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler
 
 from dtpvit.encoder import VisionEncoder
-from dtpvit.encoder.reducers.routers import SensitivityWeights
 from dtpvit.errors import UserError
 from dtpvit.evaluation.agreement import dense_output, divergence
 from dtpvit.interop.pretrained import Pretrained
+from dtpvit.tasks.fitting import fit_weights
 from dtpvit.tasks.image_task import ImageTask
 from dtpvit.tasks.learning_modes import train_reducers
 from dtpvit.tasks.optimization import warmup_cosine
-from dtpvit.tasks.sensitivity import fit_sensitivity
 
 __all__ = ["Adaptation", "adapt_encoder"]
 
@@ -116,17 +115,9 @@ def adapt_encoder(
     torch.manual_seed(seed)
     task = Adaptation(pretrained, learning_rate=learning_rate).to(place)
     pretrained.model.eval()
-    if any(isinstance(module, SensitivityWeights) for module in pretrained.trunk.modules()):
-        batches = [task.normalise(batch.to(place)) for batch in images.split(batch_size)]
-        shares = fit_sensitivity(
-            pretrained.trunk,
-            batches,
-            head=pretrained.head,
-            classes=pretrained.num_classes > 0,
-            generator=torch.Generator(place).manual_seed(seed),
-        )
-        for block, share in shares.items():
-            logger.info("block %d: the fit explains %.0f %% of how much tokens matter", block, 100 * share)
+    batches = [pretrained.normalise(batch.to(place)) for batch in images.split(batch_size)]
+    for block, share in fit_weights(pretrained, batches, seed=seed).items():
+        logger.info("block %d: the fit explains %.0f %% of how much tokens matter", block, 100 * share)
     if steps:
         _train(task, images, steps, batch_size, seed, place)
     pretrained.model.to("cpu").eval().requires_grad_(False)

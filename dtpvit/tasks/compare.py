@@ -27,10 +27,10 @@ from dtpvit.datamodules.transforms import eval_transform
 from dtpvit.encoder import VisionEncoder
 from dtpvit.encoder.reducers import TokenReducer
 from dtpvit.errors import UserError
-from dtpvit.evaluation.agreement import Answers, answers, outcome, placed
+from dtpvit.evaluation.agreement import Answers, answers, forward_seconds, outcome
 from dtpvit.evaluation.arguments import chosen_device
 from dtpvit.evaluation.compared_rows import ComparedRow, read_rows
-from dtpvit.evaluation.measuring import alternate, machine, versions
+from dtpvit.evaluation.measuring import machine, speed_ups, versions
 from dtpvit.evaluation.trade_off import ComparedResult, draw, shown, write
 from dtpvit.interop.pretrained import Pretrained, load_pretrained
 from dtpvit.interop.reducer_config import reducer_makers
@@ -191,7 +191,7 @@ class _Comparison:
     def __call__(self, row: ComparedRow, candidate: Pretrained) -> ComparedResult:
         found = self._answers(candidate)
         if self.reference is None:
-            self.reference = self._answers(self.dense)
+            self.reference = self._answers(self.dense) if row.reducers else found
         against = outcome(found, self.reference, classes=self.labels is not None, labels=self.labels)
         speed, ratio = self._speed(candidate)
         return ComparedResult(
@@ -232,15 +232,9 @@ class _Comparison:
         """Images/s, and the speed-up over the dense model."""
         if not self.rounds:
             return None, None
-        steps: dict[str, Callable[[], object]] = {}
-        for name, model in (("dense", self.dense), ("row", candidate)):
-            encode = placed(model, self.device)
-            pixels = model.normalise(self.images[: self.batch_size].to(self.device))
-            steps[name] = torch.no_grad()(lambda encode=encode, pixels=pixels: encode(pixels))
-        seconds = alternate(steps, self.device, rounds=self.rounds, warmup=1)
-        count = min(self.batch_size, len(self.images))
-        ratios = [theirs / mine for theirs, mine in zip(seconds["dense"], seconds["row"], strict=True)]
-        return count / median(seconds["row"]), median(ratios)
+        batch, models = self.images[: self.batch_size], {"dense": self.dense, "row": candidate}
+        seconds = forward_seconds(models, batch, self.device, rounds=self.rounds, warmup=1)
+        return len(batch) / median(seconds["row"]), speed_ups(seconds, "dense")["row"].median
 
 
 def _report(results: Sequence[ComparedResult], about: dict[str, Any], folder: Path, count: int) -> None:

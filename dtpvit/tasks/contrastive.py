@@ -18,7 +18,7 @@ from dtpvit.encoder.ops.noise import draw_seeds
 from dtpvit.errors import UserError
 from dtpvit.interop.create import build_clip
 from dtpvit.interop.loading import Tokenize
-from dtpvit.interop.model_config import model_config, replaced
+from dtpvit.interop.model_config import model_config, with_vision
 from dtpvit.tasks.accumulation import Batch, CachedStep, Features, average_gradients, joint_thresholds
 from dtpvit.tasks.contrastive_validation import ContrastiveValidation
 from dtpvit.tasks.image_task import ImageTask
@@ -82,8 +82,7 @@ class Contrastive(ImageTask):
         if accum_freq < 1:
             raise UserError(f"accum_freq is {accum_freq}; expected at least 1")
         if vision is not None:
-            model = model_config(model)
-            model["vision"] = replaced(model["vision"], vision)
+            model = with_vision(model, vision)
         self.save_hyperparameters(ignore=["vision"])
         self.config = model_config(model)
         self.model = build_clip(self.config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from dtpvit.interop.pretrained import Pretrained
 from dtpvit.tasks.learning_modes import train_reducers
 from dtpvit.tasks.sensitivity import fit_sensitivity
 
-__all__ = ["cross_fitted_answers", "fit_reducers", "has_to_fit"]
+__all__ = ["cross_fitted_answers", "fit_reducers", "fit_weights", "has_to_fit"]
 
 
 def has_to_fit(pretrained: Pretrained) -> bool:
@@ -41,14 +42,30 @@ def fit_reducers(
     trunk = pretrained.trunk
     pretrained.model.to(device).eval()
     pixels = [pretrained.normalise(batch.to(device)) for batch in images.split(batch_size)]
-    if any(isinstance(module, SensitivityWeights) for module in trunk.reducers.modules()):
-        generator = torch.Generator(device).manual_seed(seed)
-        fit_sensitivity(trunk, pixels, head=pretrained.head, classes=pretrained.num_classes > 0, generator=generator)
+    fit_weights(pretrained, pixels, seed=seed)
     train_reducers(trunk)
     with torch.no_grad():
         for batch in pixels:
             VisionEncoder.forward(trunk, batch)
     trunk.eval()
+
+
+def fit_weights(pretrained: Pretrained, batches: Sequence[Tensor], *, seed: int = 0) -> dict[int, float]:
+    """Fit in closed form how much tokens matter to what the model puts out, where a reducer goes by it.
+
+    Args:
+        pretrained: In evaluation mode.
+        batches: Normalised, each of shape (B, 3, H, W), on the device of the model.
+        seed: Of what is drawn.
+
+    Returns:
+        As of :func:`dtpvit.tasks.sensitivity.fit_sensitivity`; empty where there is nothing to fit.
+    """
+    if not any(isinstance(module, SensitivityWeights) for module in pretrained.trunk.reducers.modules()):
+        return {}
+    generator = torch.Generator(batches[0].device).manual_seed(seed)
+    classes = pretrained.num_classes > 0
+    return fit_sensitivity(pretrained.trunk, batches, head=pretrained.head, classes=classes, generator=generator)
 
 
 def cross_fitted_answers(

@@ -108,7 +108,6 @@ class GridPooling(BoundaryPooling):
 
     needs_grid = True
     fixed = True
-    needs_grid = True
 
     def __init__(self, dim: int, *, window: int = 2, proportional: bool = True) -> None:
         super().__init__(window**2, proportional=proportional)
