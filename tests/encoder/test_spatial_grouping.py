@@ -79,7 +79,7 @@ def slow_group(made, x, grid):
         up = torch.stack(shares)
         down = up / (up.sum(0) + 1e-6)
         groups = groups + made.update_norm(down.T @ values)
-        groups = groups + made.mlp(made.mlp_norm(groups))
+        groups = groups + made.mlp_norm(made.mlp(groups))
     return groups, up
 
 

@@ -71,7 +71,12 @@ class Grouping:
 
     @property
     def _coarse(self) -> tuple[int, int]:
-        return -(-self.grid[0] // self.stride), -(-self.grid[1] // self.stride)
+        return _coarse(self.grid, self.stride)
+
+
+def _coarse(grid: tuple[int, int], stride: int) -> tuple[int, int]:
+    """Rows and columns of groups; a last one may have fewer tokens."""
+    return -(-grid[0] // stride), -(-grid[1] // stride)
 
 
 class SpatialGrouping(FullPrecision, TokenReducer):
@@ -79,12 +84,12 @@ class SpatialGrouping(FullPrecision, TokenReducer):
 
     Braso, Osep, Leal-Taixe, "Native Segmentation Vision Transformers", NeurIPS 2025. The groups start from a strided
     convolution; in each of a few rounds, with the same weights, every token shares itself out among the groups by a
-    softmax, and every group adds to itself the normed mean of its shares, and an MLP of it. Prefix tokens take no part.
-    The arithmetic is float32.
+    softmax, and every group adds to itself the normed mean of its shares, then the normed output of an MLP. Prefix tokens
+    take no part. The arithmetic is float32.
 
     A group is no mean of the tokens that ``source`` names, those with their largest share in it; its ``size`` is the
     sum of all shares. The paper's bias for each pair of token and group is here one of where the group lies from the
-    token, and its MLP has the norm in front of it, as the blocks around it have, not behind it.
+    token.
 
     Args:
         dim: Width of the tokens.
@@ -199,14 +204,14 @@ class SpatialGrouping(FullPrecision, TokenReducer):
         )
         if self.groups is not None:
             return left
-        return left.on_grid((-(-found.grid[0] // self.stride), -(-found.grid[1] // self.stride)))
+        return left.on_grid(_coarse(found.grid, self.stride))
 
     def _group(self, x: Tensor) -> Grouping:
         """Of tokens (B, R, C, D)."""
         normed, grid = self.norm(x), (x.shape[1], x.shape[2])
         keys, values, out = self.key(normed), self.value(normed), self.start_norm(self._start(x)).expand(len(x), -1, -1)
         temperature = self.log_temperature.exp().clamp(*_TEMPERATURES)
-        rows, columns = -(-grid[0] // self.stride), -(-grid[1] // self.stride)
+        rows, columns = _coarse(grid, self.stride)
         local = self.scope == "local"
         keys, values = (by_group(k, self.stride) if local else k.flatten(1, 2) for k in (keys, values))
         bias, empty = self._bias(grid, x.device), None
@@ -224,7 +229,7 @@ class SpatialGrouping(FullPrecision, TokenReducer):
             if local:
                 total, mass = sum_around(total, rows, columns), sum_around(mass, rows, columns)
             out = out + self.update_norm(total / (mass + _EPS))
-            out = out + self.mlp(self.mlp_norm(out))
+            out = out + self.mlp_norm(self.mlp(out))
         return Grouping(out, shares, grid, self.stride if local else 0)
 
     def _start(self, x: Tensor) -> Tensor:
@@ -240,6 +245,6 @@ class SpatialGrouping(FullPrecision, TokenReducer):
             return 0.0
         if self.scope == "dense":
             return self.position_bias.flatten()[offsets_from(grid, self.stride, self.reach, device)]
-        rows, columns = -(-grid[0] // self.stride), -(-grid[1] // self.stride)
+        rows, columns = _coarse(grid, self.stride)
         _, beyond = groups_around(rows, columns, device)
         return self.position_bias.expand(rows * columns, -1, -1).masked_fill(beyond[:, None, :], -torch.inf)
