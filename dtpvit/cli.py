@@ -22,12 +22,14 @@ __all__ = ["main"]
 class Command(NamedTuple):
     """One line of the help, and the function behind it; without a target, Lightning's Trainer runs it.
 
-    ``positional`` is the function's parameter that takes the arguments without a name, and its help.
+    ``positional`` is the function's parameter that takes the arguments without a name, and its help; ``repeated`` one
+    whose option may be given several times.
     """
 
     summary: str
     target: str | None = None
     positional: tuple[str, str] | None = None
+    repeated: tuple[str, str] | None = None
 
 
 COMMANDS = {
@@ -57,6 +59,20 @@ COMMANDS = {
         "ways of reducing the tokens of a pretrained model: FILE... --model MODEL --images DIR [--out DIR]",
         "dtpvit.tasks.compare:compare",
         positional=("reducers", "configs/reducers/*.yaml, or tables of several such rows"),
+    ),
+    "ask": Command(
+        'answers about images: --checkpoint PATH [--image FILE]... "QUESTION"...',
+        "dtpvit.evaluation.ask:ask",
+        positional=("questions", "in quotes; each is asked apart, about all images"),
+        repeated=("image", "a file; several times for several images, in their order"),
+    ),
+    "vqa": Command(
+        "questions from a file: --checkpoint PATH --questions FILE --out FILE [--answers FILE --metric NAME]",
+        "dtpvit.evaluation.vqa:vqa",
+    ),
+    "score": Command(
+        "answers from a file: --predictions FILE --answers FILE --metric exact|vqa|pope|scienceqa",
+        "dtpvit.evaluation.score:score",
     ),
     "export": Command(
         "write a checkpoint as a folder that open_clip loads (--out), or as ONNX (--onnx)",
@@ -109,8 +125,8 @@ def _dispatch(arguments: list[str]) -> int:
     rest = _with_config_of_run(name, [_underscores(argument) for argument in rest])
     _check_config_files(name, rest)
     _prepare_process()
-    if (target := COMMANDS[name].target) is not None:
-        _call(name, target, COMMANDS[name].positional, rest)
+    if COMMANDS[name].target is not None:
+        _call(name, rest)
     elif name == "tune":
         from dtpvit._tune_cli import TuneCLI
 
@@ -145,11 +161,12 @@ def _prepare_process() -> None:
         log.addHandler(_Log())
 
 
-def _call(name: str, target: str, positional: tuple[str, str] | None, arguments: list[str]) -> None:
+def _call(name: str, arguments: list[str]) -> None:
     """Run the function ``module:function``, its signature being the command's options."""
     from jsonargparse import ArgumentParser
 
-    module, function = target.split(":")
+    _, target, positional, repeated = COMMANDS[name]
+    module, function = str(target).split(":")
     component = getattr(importlib.import_module(module), function)
     parser = ArgumentParser(
         prog=f"dtpvit {name}", description=(inspect.getdoc(component) or "").split("\n\nArgs:")[0], exit_on_error=False
@@ -160,6 +177,10 @@ def _call(name: str, target: str, positional: tuple[str, str] | None, arguments:
         taken.add(parameter)
         many: dict[str, Any] = {"nargs": "+"} if parameter.endswith("s") else {}
         parser.add_argument(parameter, type=str, metavar=parameter.removesuffix("s").upper(), help=text, **many)
+    if repeated is not None:
+        parameter, text = repeated
+        taken.add(parameter)
+        parser.add_argument(f"--{parameter}", type=str, action="append", metavar="FILE", help=text)
     parser.add_function_arguments(component, as_group=False, skip=taken, fail_untyped=False)
     component(**parser.parse_args(arguments).as_dict())
 

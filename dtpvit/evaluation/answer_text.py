@@ -7,7 +7,7 @@ __all__ = ["normalise"]
 _ARTICLES = frozenset(("a", "an", "the"))
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _DIGITS = {word: str(number) for number, word in enumerate(_NUMBERS)} | {"none": "0"}
-_PUNCTUATION = ";/[]\"{}()=+\\_-><@`!"
+_PUNCTUATION = ';/[]"{}()=+\\_-><@`!'
 _PERIOD = re.compile(r"\.(?!\d)")
 _CONTRACTIONS = """
     ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've

@@ -6,7 +6,17 @@ from typing import NamedTuple
 
 from dtpvit.evaluation.answer_text import normalise
 
-__all__ = ["OPTIONS", "Choice", "Score", "chosen_letter", "exact_match", "pope", "says_yes", "science_qa", "vqa_accuracy"]
+__all__ = [
+    "OPTIONS",
+    "Choice",
+    "Score",
+    "chosen_letter",
+    "exact_match",
+    "pope",
+    "says_yes",
+    "science_qa",
+    "vqa_accuracy",
+]
 
 OPTIONS = "ABCDE"
 
@@ -77,7 +87,7 @@ def pope(predictions: Sequence[str], references: Sequence[bool]) -> Score:
 
 
 def says_yes(answer: str) -> bool:
-    """How POPE's evaluate.py reads an answer: no ``No``, ``no`` or ``not`` among the first sentence's words is a yes."""
+    """How POPE's evaluate.py reads an answer: without ``No``, ``no`` or ``not`` in its first sentence, it is a yes."""
     words = answer.split(".", 1)[0].replace(",", "").split(" ")
     return not {"No", "no", "not"}.intersection(words)
 
