@@ -178,6 +178,19 @@ class Tokens:
         count, total = both.new_zeros(self.layout.total, 2).index_add_(0, place, both).unbind(1)
         return (total / count.clamp(min=1)).to(torch.float32)
 
+    def without_prefix(self, values: Tensor) -> Tensor:
+        """The values of all tokens but class and register tokens: shape (T, ...) to (T - B * num_prefix, ...)."""
+        if not self.num_prefix:
+            return values
+        layout = self.layout
+        if layout.uniform:
+            return values.unflatten(0, (layout.batch, -1))[:, self.num_prefix :].flatten(0, 1)
+        left = layout.total - layout.batch * self.num_prefix
+        image = torch.arange(layout.batch, device=values.device).repeat_interleave(
+            layout.lengths - self.num_prefix, output_size=left
+        )
+        return values[torch.arange(left, device=values.device) + self.num_prefix * (image + 1)]
+
     def prefix_features(self) -> Tensor:
         """The class and register tokens, shape (B, num_prefix, D)."""
         offset = torch.arange(self.num_prefix, device=self.features.device)
