@@ -67,11 +67,11 @@ COMMANDS = {
         repeated=("image", "a file; several times for several images, in their order"),
     ),
     "vqa": Command(
-        "questions from a file: --checkpoint PATH --questions FILE --out FILE [--answers FILE --metric NAME]",
+        "questions of a file: --checkpoint PATH --questions FILE --out FILE [--answers FILE --metric M]",
         "dtpvit.evaluation.vqa:vqa",
     ),
     "score": Command(
-        "answers from a file: --predictions FILE --answers FILE --metric exact|vqa|pope|scienceqa",
+        "answers of a file: --predictions FILE --answers FILE --metric exact|vqa|pope|scienceqa",
         "dtpvit.evaluation.score:score",
     ),
     "export": Command(

@@ -11,7 +11,6 @@ from dtpvit.datamodules.samples import SkippedSample, decode_image
 from dtpvit.errors import UserError
 from dtpvit.evaluation.arguments import chosen_device
 from dtpvit.interop.assistant import Question, load_assistant
-from dtpvit.interop.chat import Turn
 
 __all__ = ["ask"]
 
@@ -39,15 +38,12 @@ def ask(
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
     place, images = chosen_device(device), [_image(name) for name in image or ()]
-    before = () if system is None else (Turn("system", (system,)),)
-    asked = [Question.of(text, *images) for text in questions]
-    asked = [Question((*before, *question.turns), question.images) for question in asked]
+    asked = [Question.of(text, *images, system=system) for text in questions]
     answers = load_assistant(checkpoint, place).answer(asked, max_new_tokens=max_new_tokens)
     for answer in answers:
-        print(answer.text)
-    tokens = " + ".join(str(answer.visual_tokens) for answer in answers[:1]) if images else "no"
-    sys.stdout.flush()
-    print(f"dtpvit: {tokens} visual tokens, prefill {1e3 * answers[0].batch_prefill_s:.1f} ms", file=sys.stderr)
+        print(answer.text, flush=True)
+    tokens, seconds = answers[0].visual_tokens, answers[0].batch_prefill_s
+    print(f"dtpvit: {tokens} visual tokens, prefill {1e3 * seconds:.1f} ms", file=sys.stderr)
 
 
 def _image(name: str) -> Image.Image:
