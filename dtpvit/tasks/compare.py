@@ -23,7 +23,6 @@ from tqdm import tqdm
 from dtpvit.datamodules.labelled import LabelledLoader
 from dtpvit.datamodules.labelled_index import index_labelled
 from dtpvit.datamodules.real_images import real_images
-from dtpvit.datamodules.transforms import eval_transform
 from dtpvit.encoder import VisionEncoder
 from dtpvit.encoder.reducers import TokenReducer
 from dtpvit.errors import UserError
@@ -32,6 +31,7 @@ from dtpvit.evaluation.arguments import chosen_device
 from dtpvit.evaluation.compared_rows import ComparedRow, read_rows
 from dtpvit.evaluation.measuring import machine, speed_ups, versions
 from dtpvit.evaluation.trade_off import ComparedResult, draw, shown, write
+from dtpvit.interop.preprocessing import eval_transform
 from dtpvit.interop.pretrained import Pretrained, load_pretrained
 from dtpvit.interop.reducer_config import reducer_makers
 from dtpvit.tasks.fitting import cross_fitted_answers, fit_reducers, has_to_fit
