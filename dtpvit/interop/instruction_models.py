@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dtpvit.errors import UserError
-from dtpvit.interop.chat import Chat
+from dtpvit.interop.chat import Chat, Template
 from dtpvit.interop.image_models import image_model, pixel_statistics, vision_config
 from dtpvit.interop.language_model import added_adapters, load_language_model, merged
 from dtpvit.interop.loading import difference
@@ -63,7 +63,7 @@ def create_instruction_model(
     encoder: str | Mapping[str, Any],
     language_model: str,
     *,
-    template: str = "chatml",
+    template: Template = "chatml",
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     image_aspect: str = "pad",

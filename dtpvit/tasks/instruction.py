@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from dtpvit.encoder import ImageEncoder
 from dtpvit.errors import UserError
+from dtpvit.interop.chat import Template
 from dtpvit.interop.dense_weights import Transfer, load_dense
 from dtpvit.interop.image_models import vision_config
 from dtpvit.interop.instruction_models import create_instruction_model, encoder_of, is_instruction, load_parts
@@ -89,7 +90,7 @@ class Instruction(ImageTask):
         language_model: str,
         encoder: str | dict[str, Any] | None = None,
         init: str | None = None,
-        template: str = "chatml",
+        template: Template = "chatml",
         projector: str = "mlp2x_gelu",
         position: bool = False,
         select: Select = "pooled",
@@ -119,22 +120,13 @@ class Instruction(ImageTask):
         vision: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        if encoder is None or (init is not None and mean is None):
-            known = _recorded(init)
-            if encoder is None and "encoder" not in known:
-                raise UserError(
-                    "encoder is missing; name one, or give a checkpoint of dtpvit as init, which records it"
-                )
-            encoder = known["encoder"] if encoder is None else encoder
-            mean, std = mean or known.get("mean"), std or known.get("std")
+        found = _encoder(encoder, init, mean, std)
         if vision is not None:
-            encoder = replaced(vision_config(encoder), vision)
+            found["encoder"] = replaced(vision_config(found["encoder"]), vision)
         built = create_instruction_model(
-            encoder,
-            language_model,
+            language_model=language_model,
             template=template,
-            mean=mean,
-            std=std,
+            **found,
             image_aspect=image_aspect,
             max_length=max_length,
             language_dtype=language_dtype,
@@ -262,8 +254,14 @@ def _is_of_this_task(init: str) -> bool:
     return init.endswith(".ckpt") and is_instruction(read_checkpoint(init, mmap=True))
 
 
-def _recorded(init: str | None) -> dict[str, Any]:
-    """What ``init`` says about its encoder, where it is a checkpoint of ours."""
-    if init is None or not init.endswith(".ckpt"):
-        return {}
-    return encoder_of(init)
+def _encoder(
+    encoder: str | dict[str, Any] | None, init: str | None, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> dict[str, Any]:
+    """Encoder and pixel statistics, of which a checkpoint of ours tells what was not given."""
+    known: dict[str, Any] = {}
+    if init is not None and init.endswith(".ckpt"):
+        known = encoder_of(init)
+    if encoder is None and "encoder" not in known:
+        raise UserError("encoder is missing; name one, or give a checkpoint of dtpvit as init, which records its own")
+    given = {"encoder": encoder, "mean": mean, "std": std}
+    return {"mean": None, "std": None, **known} | {name: value for name, value in given.items() if value is not None}
