@@ -85,7 +85,7 @@ def question_answers(row: Row) -> list[tuple[str, str]]:
     Raises:
         UserError: If it has neither, or they hold anything else.
     """
-    turns = row.fields.get("conversations", row.fields.get("messages"))
+    turns: Any = row.fields.get("conversations", row.fields.get("messages"))
     try:
         said = [
             (turn.get("from") or turn["role"], turn["value"] if "value" in turn else turn["content"]) for turn in turns

@@ -63,8 +63,9 @@ def vqa(
     asked = read_questions(questions)
     folder = _image_folder(images or str(Path(questions).parent), asked)
     scoring = scoring_of(answers, metric, majority, strict)
-    for question in asked if scoring else ():
-        scoring.references.find(question.id, question.text)
+    if scoring is not None:
+        for question in asked:
+            scoring.references.find(question.id, question.text)
     metadata = {"checkpoint": fingerprint(checkpoint), "blind": blind, "max_new_tokens": max_new_tokens}
     assert written is not None
     file = AnswerFile(written, asked, metadata)
