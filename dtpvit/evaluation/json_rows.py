@@ -1,16 +1,14 @@
 """Rows of the JSON files that questions, answers and predictions come in."""
 
 import json
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dtpvit.errors import UserError
 
-__all__ = ["Row", "question_answers", "read_rows"]
+__all__ = ["Row", "read_rows"]
 
 _LISTS = ("data", "annotations", "questions")  # TextVQA's, and VQAv2's two
-_HUMAN, _ASSISTANT = ("human", "user"), ("gpt", "assistant")
 
 
 class Row(NamedTuple):
@@ -73,29 +71,4 @@ def _parsed(path: str, text: str, line: int | None = None) -> Any:
         raise UserError(
             f"{path}, line {line or error.lineno}: this is no JSON ({error.msg}); expected one JSON object a line, or "
             "one list of them"
-        ) from error
-
-
-def question_answers(row: Row) -> list[tuple[str, str]]:
-    """The questions and answers of a row in LLaVA's form for training, marks of images removed.
-
-    Args:
-        row: With ``conversations`` (``from``, ``value``) or ``messages`` (``role``, ``content``).
-
-    Raises:
-        UserError: If it has neither, or they hold anything else.
-    """
-    turns: Any = row.fields.get("conversations", row.fields.get("messages"))
-    try:
-        said = [
-            (turn.get("from") or turn["role"], turn["value"] if "value" in turn else turn["content"]) for turn in turns
-        ]
-        return [
-            (question.replace("<image>", "").strip(), answer.strip())
-            for (asking, question), (answering, answer) in pairwise(said)
-            if asking in _HUMAN and answering in _ASSISTANT
-        ]
-    except (AttributeError, KeyError, TypeError) as error:
-        raise UserError(
-            f'{row.place}: expected "conversations" as in LLaVA\'s training files, a list of {{"from", "value"}}'
         ) from error

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from dtpvit.datamodules.image_places import image_places
 from dtpvit.errors import UserError
 from dtpvit.evaluation.answer_file import AnswerFile, fingerprint
 from dtpvit.evaluation.answering import answer_questions
 from dtpvit.evaluation.arguments import chosen_device, output_file
 from dtpvit.evaluation.measuring import machine, versions
 from dtpvit.evaluation.score import report, scoring_of
-from dtpvit.evaluation.vqa_questions import ImageQuestion, read_questions
+from dtpvit.evaluation.vqa_questions import read_questions
 from dtpvit.evaluation.vqa_references import Metric
 from dtpvit.interop.assistant import load_assistant
 
@@ -45,7 +45,7 @@ def vqa(
         questions: One JSON object a line as LLaVA has them: question_id, text and, where there is one, image; or
             conversations as in its training files, each turn a question of its own.
         out: Answers, one JSON object a line: question_id, text, visual_tokens, prefill_ms and more.
-        images: Folder that the questions name images in; by default the questions' own.
+        images: Folder or tar that the questions name images in; the questions' own folder if left out.
         answers: The right answers, to score by --metric; the questions' file where it holds them.
         metric: exact (as VQAv2 compares, without case, punctuation and articles), vqa (VQA accuracy, ten human
             answers), pope (accuracy, precision, recall, F1, yes ratio), scienceqa (letter, by subject, context, grade).
@@ -61,7 +61,7 @@ def vqa(
         raise UserError(f"batch_size is {batch_size} and max_new_tokens is {max_new_tokens}; both must be at least 1")
     place, target, written = chosen_device(device), output_file(json), output_file(out)
     asked = read_questions(questions)
-    folder = _image_folder(images or str(Path(questions).parent), asked)
+    places = image_places(Path(questions).parent if images is None else images)
     scoring = scoring_of(answers, metric, majority, strict)
     if scoring is not None:
         for question in asked:
@@ -73,14 +73,7 @@ def vqa(
         assistant = load_assistant(checkpoint, place)
         options: dict[str, Any] = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "blind": blind}
         with tqdm(total=len(asked), initial=len(file.rows), unit="question", leave=False, disable=None) as bar:
-            for rows in answer_questions(assistant, rest, folder, **options, progress=bar.update):
+            for rows in answer_questions(assistant, rest, places, **options, progress=bar.update):
                 file.append(rows)
     about = {"checkpoint_path": checkpoint, "questions_path": questions, **metadata}
     report(file.rows, scoring, target, {**about, "machine": machine(place), "versions": versions()})
-
-
-def _image_folder(images: str, questions: Sequence[ImageQuestion]) -> Path:
-    folder = Path(images).expanduser()
-    if any(question.images for question in questions) and not folder.is_dir():
-        raise UserError(f"the folder of images {images} does not exist; give the one that the questions name files of")
-    return folder

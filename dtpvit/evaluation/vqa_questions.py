@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
+from dtpvit.datamodules.conversation_record import BadRecord, parse_conversation
 from dtpvit.errors import UserError
-from dtpvit.evaluation.json_rows import Row, question_answers, read_rows
+from dtpvit.evaluation.json_rows import Row, read_rows
 
 __all__ = ["ImageQuestion", "Majority", "is_conversation", "question_id", "read_questions", "turns_of"]
 
@@ -57,7 +58,7 @@ def _asked(row: Row) -> list[tuple[QuestionId, str]]:
     text = row.fields.get("text", row.fields.get("question"))
     if not isinstance(text, str) or not text.strip():
         raise UserError(f'{row.place}: "text" is {text!r}; expected {{"question_id", "image", "text"}}')
-    return [(question_id(row), text.replace("<image>", "").strip())]
+    return [(question_id(row), _unmarked(text))]
 
 
 def is_conversation(row: Row) -> bool:
@@ -66,11 +67,29 @@ def is_conversation(row: Row) -> bool:
 
 
 def turns_of(row: Row) -> list[tuple[QuestionId, str, str]]:
-    """Id, question and answer of each turn of a conversation; the ids of several turns are told apart by a number."""
-    pairs, number = question_answers(row), question_id(row)
+    """Id, question and answer of each turn of a conversation; the ids of several turns are told apart by a number.
+
+    Raises:
+        UserError: If it is no conversation.
+    """
+    number = question_id(row)
+    try:
+        pairs = _question_answers(row)
+    except BadRecord as error:
+        raise UserError(f"{row.place}: {error.cause} ({error.detail}); expected a conversation as LLaVA's") from error
     if len(pairs) == 1:
         return [(number, *pairs[0])]
     return [(f"{number}/{turn}", *pair) for turn, pair in enumerate(pairs)]
+
+
+def _question_answers(row: Row) -> list[tuple[str, str]]:
+    # Without images to place, their marks stay in the text.
+    found = parse_conversation(row.fields, "", ()).questions
+    return [(_unmarked("".join(map(str, each.asked))), each.answer.strip()) for each in found]
+
+
+def _unmarked(question: str) -> str:
+    return question.replace("<image>", "").strip()
 
 
 def question_id(row: Row) -> QuestionId:
@@ -89,17 +108,17 @@ class Majority:
     """Who answers without looking: the most frequent answer of the training data to the same question.
 
     To questions that were never asked there, the most frequent of all; of equally frequent ones the first. Questions
-    are the same whatever their case and spaces.
+    are the same whatever their case and spaces. Records that cannot be trained on are left out.
 
     Args:
-        path: Training data in LLaVA's form, see :func:`.question_answers`.
+        path: Training data in LLaVA's form, see :func:`.parse_conversation`.
 
     Raises:
         UserError: If it has no answers.
     """
 
     def __init__(self, path: str) -> None:
-        pairs = [pair for row in read_rows(path) for pair in question_answers(row)]
+        pairs = [pair for row in read_rows(path) for pair in _trainable(row)]
         if not pairs:
             raise UserError(f"{path} has no question with an answer; give training data in LLaVA's form")
         self._of_question = dict[str, Counter[str]]()
@@ -110,6 +129,13 @@ class Majority:
     def answer(self, question: str) -> str:
         """The most frequent answer to a question."""
         return self._of_question.get(_key(question), self._of_all).most_common(1)[0][0]
+
+
+def _trainable(row: Row) -> list[tuple[str, str]]:
+    try:
+        return _question_answers(row)
+    except BadRecord:
+        return []
 
 
 def _key(question: str) -> str:

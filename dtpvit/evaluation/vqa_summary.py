@@ -80,9 +80,9 @@ def summarise(rows: Sequence[dict[str, Any]], scoring: Scoring | None = None) ->
     """
     answered = [row for row in rows if "skipped" not in row]
     if not answered:
-        causes = "; ".join(str(row["skipped"]) for row in rows[:3])
+        causes = "; ".join(f"{row['skipped']}: {row.get('detail')}" for row in rows[:3])
         raise UserError(f"none of the {len(rows)} questions has an answer ({causes}); put that right first")
-    skipped = Counter(str(row["skipped"]).rpartition(": ")[2] for row in rows if "skipped" in row)
+    skipped = Counter(str(row["skipped"]) for row in rows if "skipped" in row)
     figures: dict[str, Any] = {"questions": len(rows), "skipped": dict(skipped), **_cost(answered)}
     if scoring is not None:
         figures |= _scored(rows, scoring)

@@ -113,8 +113,8 @@ def test_questions_in_llavas_form(write):
         ({"question_id": 1, "text": " "}, '"text" is'),
         ({"question_id": 1, "text": "What?", "image": 5}, '"image" is 5'),
         ({"question_id": 0, "text": "Again?"}, "asks question_id 0 again, after .*line 1"),
-        ({"id": 1, "conversations": [{"value": "What?"}]}, "expected .conversations. as in LLaVA"),
-        ({"id": 1, "conversations": "What?"}, "expected .conversations. as in LLaVA"),
+        ({"id": 1, "conversations": [{"value": "What?"}]}, "unknown role .*expected a conversation as LLaVA's"),
+        ({"id": 1, "conversations": "What?"}, "unreadable record .*expected a conversation as LLaVA's"),
     ],
 )
 def test_questions_that_cannot_be_asked_are_named(write, row, told):
@@ -206,6 +206,7 @@ def test_the_majority_answers_what_training_mostly_does_to_that_question(write):
         record(1, ("is it  red?", "yes"), ("What is it?", "square")),
         record(2, ("Is it red?\n<image>", "no"), ("Is it big?", "yes")),
         record(3, ("Is it small?", "yes")),
+        {"id": 4, "conversations": "broken"},
     ]
     majority = Majority(write("train.jsonl", rows))
     asked = ["Is it red?", "What is it?", "Is it big?", "Never asked?"]
@@ -279,7 +280,7 @@ def test_llavas_training_form_serves_as_its_own_answers(write, capsys):
         ([{"question_id": 1, "text": "a"}] * 2, [], "line 2: answers question_id 1 again"),
         ([{"question_id": 9, "text": "a"}], [], "no answer to question 9"),
         (
-            [{"question_id": 1, "text": "", "skipped": "a.jpg: broken image"}],
+            [{"question_id": 1, "text": "", "skipped": "broken image", "detail": "a.jpg"}],
             [],
             "none of the 1 questions has an answer",
         ),

@@ -2,11 +2,13 @@
 
 import json
 import shutil
+import tarfile
 
 import pytest
 from colour_assistant import COLOURS, IS_RED, NAME, plain
 
 from dtpvit.cli import main
+from dtpvit.datamodules.image_places import image_places
 from dtpvit.evaluation import vqa as command
 from dtpvit.evaluation.answering import answer_questions
 from dtpvit.evaluation.vqa_questions import ImageQuestion
@@ -75,12 +77,23 @@ def test_what_is_answered_does_not_depend_on_the_batch(colour_assistant, data):
     ]
     found = []
     for size in (1, 3, 8):
-        batches = answer_questions(assistant, questions, data / "images", batch_size=size, max_new_tokens=8)
+        batches = answer_questions(
+            assistant, questions, image_places(data / "images"), batch_size=size, max_new_tokens=8
+        )
         rows = [row for batch in batches for row in batch]
         assert [row["question_id"] for row in rows] == list(range(8))
         found.append([(row["text"], row["visual_tokens"], row["prompt_tokens"]) for row in rows])
     assert found[0] == found[1] == found[2]
     assert len(set(found[0])) == 4
+
+
+def test_images_may_lie_in_a_tar(colour_assistant, data):
+    assert vqa(colour_assistant, data) == 0
+    with tarfile.open(data / "images.tar", "w") as tar:
+        tar.add(data / "images", "images")
+    assert vqa(colour_assistant, data, "--images", data / "images.tar", out="of_tar.jsonl") == 0
+    texts = [[row["text"] for row in read(data / name)] for name in ("out.jsonl", "of_tar.jsonl")]
+    assert texts[0] == texts[1]
 
 
 def test_blind_nothing_is_seen_of_an_image_but_that_it_is_there(colour_assistant, data, capsys):
@@ -113,15 +126,15 @@ def test_broken_and_missing_images_are_skipped_counted_and_left_out(colour_assis
     (data / "images" / "2.png").mkdir()
     assert vqa(colour_assistant, data, *scored(data), "--batch-size", 3) == 0
     rows = read(data / "out.jsonl")
-    assert [row.get("skipped") for row in rows[:7]] == [
-        *["0.png: No such file or directory"] * 2,
-        *["1.png: broken image"] * 2,
-        *["2.png: Is a directory"] * 2,
-        None,
+    assert [(row.get("skipped"), row.get("detail")) for row in rows[:7]] == [
+        *[("missing image", "0.png")] * 2,
+        *[("broken image", "1.png")] * 2,
+        *[("unreadable file", "2.png")] * 2,
+        (None, None),
     ]
     assert all(row["text"] == "" for row in rows[:6])
     printed = capsys.readouterr().out
-    assert "skipped              6   (Is a directory: 2, No such file or directory: 2, broken image: 2;" in printed
+    assert "skipped              6   (broken image: 2, missing image: 2, unreadable file: 2;" in printed
     assert "accuracy        100.00%" in printed
 
 
@@ -129,8 +142,8 @@ def test_a_question_too_long_for_the_model_is_skipped_and_its_batch_is_not(colou
     write(data / "questions.jsonl", [{"question_id": 0, "text": "why " * 400}, {"question_id": 1, "text": NAME}])
     assert vqa(colour_assistant, data) == 0
     long, short = read(data / "out.jsonl")
-    assert "longer than max_length, 256" in long["skipped"] and short["text"] == "no"
-    assert "skipped              1" in capsys.readouterr().out
+    assert "longer than max_length, 256" in long["detail"] and short["text"] == "no"
+    assert "skipped              1   (refused by the model: 1;" in capsys.readouterr().out
 
 
 def test_where_no_question_has_an_answer_that_is_an_error(colour_assistant, data, capsys):
@@ -138,7 +151,7 @@ def test_where_no_question_has_an_answer_that_is_an_error(colour_assistant, data
     (data / "images").mkdir()
     write(data / "questions.jsonl", read(data / "questions.jsonl")[:2])
     assert vqa(colour_assistant, data) == 2
-    assert "none of the 2 questions has an answer (0.png: No such file" in capsys.readouterr().err
+    assert "none of the 2 questions has an answer (missing image: 0.png; " in capsys.readouterr().err
 
 
 # Going on
@@ -210,7 +223,7 @@ def test_a_file_of_other_answers_is_refused_and_left_alone(colour_assistant, dat
     [
         (["--questions", "broken.jsonl"], "broken.jsonl, line 2: this is no JSON"),
         (["--questions", "twice.jsonl"], "line 2: asks question_id 1 again, after"),
-        (["--images", "absent"], "the folder of images absent does not exist"),
+        (["--images", "absent"], "absent is neither a folder nor a .tar"),
         (["--answers", "answers.jsonl", "--metric", "bleu"], "exact"),
         (["--answers", "answers.jsonl"], "give both --answers FILE and --metric"),
         (["--metric", "exact"], "give both --answers FILE and --metric"),
