@@ -142,12 +142,14 @@ class Instruction(ImageTask):
         if tune_language_model == "lora":
             self.model.language_model = added_adapters(self.model.language_model, lora)
         freeze_parts(self.model, tune_projector, tune_language_model, tune_vision, tune_vision_from)
-        self._checkpoint_parts()
         if grad_checkpointing:
             self.model.vision.set_grad_checkpointing()
             words: Any = self.model.language_model
             words.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.prepare(built.config["mean"], built.config["std"], max_nonfinite)
+        words = self.model.language_model.named_parameters(remove_duplicate=False)
+        self.learned_words = {name for name, parameter in words if parameter.requires_grad}
+        self.register_state_dict_post_hook(_leave_out_what_stands_still)
         self.validation = InstructionValidation()
 
     @property
@@ -233,21 +235,13 @@ class Instruction(ImageTask):
             raise RuntimeError(f"the state does not fit the task: {found}")
         return super().load_state_dict(state_dict, strict=False, assign=assign)
 
-    def _checkpoint_parts(self) -> None:
-        """Leave out of the state dict what is frozen of the language model: gigabytes that exist elsewhere."""
-        words = self.model.language_model
-        learned = {
-            name for name, parameter in words.named_parameters(remove_duplicate=False) if parameter.requires_grad
-        }
-        whole = self.hparams["tune_language_model"] == "full"
 
-        def leave_out(module: Any, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-            start = f"{prefix}language_model."
-            for name in [name for name in state if name.startswith(start)]:
-                if not whole and name.removeprefix(start) not in learned:
-                    del state[name]
-
-        self.register_state_dict_post_hook(leave_out)
+def _leave_out_what_stands_still(module: Any, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """Of the language model a checkpoint holds what learns: the rest is gigabytes that exist elsewhere."""
+    start, tuned = f"{prefix}language_model.", module.hparams["tune_language_model"]
+    for name in [name for name in state if name.startswith(start)]:
+        if tuned == "frozen" or (tuned == "lora" and name.removeprefix(start) not in module.learned_words):
+            del state[name]
 
 
 def _is_of_this_task(init: str) -> bool:
