@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dtpvit.errors import UserError
-from dtpvit.evaluation.json_rows import read_rows
+from dtpvit.evaluation.json_rows import rows_of
 from dtpvit.evaluation.vqa_questions import ImageQuestion
 
 __all__ = ["AnswerFile", "fingerprint"]
@@ -32,34 +33,36 @@ class AnswerFile:
 
     def __init__(self, path: Path, questions: Sequence[ImageQuestion], metadata: Mapping[str, Any]) -> None:
         self._path, self._metadata = path, dict(metadata)
-        self.rows = _earlier(path) if path.exists() else []
+        content = path.read_bytes() if path.exists() else b""
+        whole = content.rfind(b"\n") + 1
+        self.rows = list[dict[str, Any]]()
+        if content:
+            # Without a whole line there is nothing to tell that the file is ours.
+            text = content[: whole or None].decode("utf-8", "replace")
+            self.rows = [row.fields for row in rows_of(str(path), text)]
+            self._check(questions)
+            os.truncate(path, whole)  # what a killed run left of a line
+
+    def _check(self, questions: Sequence[ImageQuestion]) -> None:
         advice = "give another --out, or remove the file"
         if len(self.rows) > len(questions):
-            raise UserError(f"{path} has {len(self.rows)} answers to {len(questions)} questions; {advice}")
+            raise UserError(f"{self._path} has {len(self.rows)} answers to {len(questions)} questions; {advice}")
         for row, question in zip(self.rows, questions, strict=False):
             if (row.get("question_id"), row.get("prompt")) != (question.id, question.text):
-                raise UserError(
-                    f"{path} answers question {row.get('question_id')!r} where {question.id!r} is asked now; {advice}"
-                )
+                found = row.get("question_id")
+                raise UserError(f"{self._path} answers question {found!r} where {question.id!r} is asked now; {advice}")
             before = row.get("metadata") or {}
-            for name, value in metadata.items():
+            for name, value in self._metadata.items():
                 if before.get(name) != value:
-                    raise UserError(f"{path} has answers with {name} {before.get(name)}, now it is {value}; {advice}")
+                    raise UserError(
+                        f"{self._path} has answers with {name} {before.get(name)}, now it is {value}; {advice}"
+                    )
 
     def append(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Write answers to the next questions, and have them on the disk."""
+        """Write answers to the next questions."""
         self.rows += (full := [{**row, "metadata": self._metadata} for row in rows])
         with self._path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in full)
-
-
-def _earlier(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a file; what a killed run left of one more is cut off."""
-    with path.open("rb+") as file:
-        content = file.read()
-        whole = content.rfind(b"\n") + 1
-        file.truncate(whole)
-    return [row.fields for row in read_rows(str(path))] if whole else []
 
 
 def fingerprint(checkpoint: str) -> str:

@@ -20,8 +20,8 @@ __all__ = ["answer_questions"]
 
 _BATCHES = 16  # of these many the questions are sorted
 
-Row = dict[str, Any]
-Loaded = tuple[Image.Image, ...] | Row
+AnswerRow = dict[str, Any]
+Loaded = tuple[Image.Image, ...] | AnswerRow
 
 
 def answer_questions(
@@ -33,7 +33,7 @@ def answer_questions(
     max_new_tokens: int,
     blind: bool = False,
     progress: Callable[[int], object] = lambda count: None,
-) -> Iterator[list[Row]]:
+) -> Iterator[list[AnswerRow]]:
     """Answer questions, those of like length in one batch.
 
     Args:
@@ -54,7 +54,7 @@ def answer_questions(
 
     fill = assistant.image_fill if blind else None
     batches = _batches(questions, batch_size)
-    found, written = dict[int, Row](), 0
+    found, written = dict[int, AnswerRow](), 0
     with ThreadPoolExecutor(1) as reader:
 
         def loading(batch: list[int]) -> Future[list[Loaded]]:
@@ -69,7 +69,7 @@ def answer_questions(
             seconds = (time.perf_counter() - started) / len(batch)
             found |= {index: {**row, "seconds": seconds} for index, row in zip(batch, rows, strict=True)}
             progress(len(batch))
-            ready = list[Row]()
+            ready = list[AnswerRow]()
             while written in found:
                 ready.append(found.pop(written))
                 written += 1
@@ -102,7 +102,7 @@ def _images(question: ImageQuestion, places: ImagePlaces, fill: tuple[int, ...] 
 
 def _answered(
     assistant: Assistant, questions: Sequence[ImageQuestion], images: Sequence[Loaded], max_new_tokens: int
-) -> list[Row]:
+) -> list[AnswerRow]:
     """A row for each question."""
     pairs = list(zip(questions, images, strict=True))
     asked = [Question.of(question.text, *each) for question, each in pairs if not isinstance(each, dict)]
@@ -114,7 +114,7 @@ def _answered(
     ]
 
 
-def _answers(assistant: Assistant, questions: Sequence[Question], max_new_tokens: int) -> list[Row]:
+def _answers(assistant: Assistant, questions: Sequence[Question], max_new_tokens: int) -> list[AnswerRow]:
     """What the model says; of a question that it refuses, such as one too long for it, its sentence."""
     if not questions:
         return []
@@ -135,5 +135,5 @@ def _answers(assistant: Assistant, questions: Sequence[Question], max_new_tokens
     ]
 
 
-def _skipped(cause: str, detail: str) -> Row:
+def _skipped(cause: str, detail: str) -> AnswerRow:
     return {"text": "", "skipped": cause, "detail": detail}

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from dtpvit.errors import UserError
 
-__all__ = ["Row", "read_rows"]
+__all__ = ["Row", "read_rows", "rows_of"]
 
 _LISTS = ("data", "annotations", "questions")  # TextVQA's, and VQAv2's two
 
@@ -32,6 +32,15 @@ def read_rows(path: str) -> list[Row]:
     except (OSError, UnicodeDecodeError) as error:
         cause = error.strerror if isinstance(error, OSError) else "it is no text in UTF-8"
         raise UserError(f"{path} cannot be read ({cause}); give a file of one JSON object a line") from error
+    return rows_of(path, text)
+
+
+def rows_of(path: str, text: str) -> list[Row]:
+    """The rows of a file's text, see :func:`read_rows`.
+
+    Raises:
+        UserError: If a row is no JSON object, or there is none.
+    """
     rows = [Row(f"{path}, {place}", fields) for place, fields in _rows(path, text)]
     for row in rows:
         if not isinstance(row.fields, dict):

@@ -9,7 +9,7 @@ from dtpvit.datamodules.conversation_record import BadRecord, parse_conversation
 from dtpvit.errors import UserError
 from dtpvit.evaluation.json_rows import Row, read_rows
 
-__all__ = ["ImageQuestion", "Majority", "is_conversation", "question_id", "read_questions", "turns_of"]
+__all__ = ["ImageQuestion", "Majority", "folded", "is_conversation", "question_id", "read_questions", "turns_of"]
 
 QuestionId = str | int
 
@@ -56,7 +56,7 @@ def _asked(row: Row) -> list[tuple[QuestionId, str]]:
     if is_conversation(row):
         return [(number, question) for number, question, _ in turns_of(row)]
     text = row.fields.get("text", row.fields.get("question"))
-    if not isinstance(text, str) or not text.strip():
+    if not isinstance(text, str) or not _unmarked(text):
         raise UserError(f'{row.place}: "text" is {text!r}; expected {{"question_id", "image", "text"}}')
     return [(question_id(row), _unmarked(text))]
 
@@ -123,12 +123,12 @@ class Majority:
             raise UserError(f"{path} has no question with an answer; give training data in LLaVA's form")
         self._of_question = dict[str, Counter[str]]()
         for question, answer in pairs:
-            self._of_question.setdefault(_key(question), Counter())[answer] += 1
+            self._of_question.setdefault(folded(question), Counter())[answer] += 1
         self._of_all = Counter(answer for _, answer in pairs)
 
     def answer(self, question: str) -> str:
         """The most frequent answer to a question."""
-        return self._of_question.get(_key(question), self._of_all).most_common(1)[0][0]
+        return self._of_question.get(folded(question), self._of_all).most_common(1)[0][0]
 
 
 def _trainable(row: Row) -> list[tuple[str, str]]:
@@ -138,5 +138,6 @@ def _trainable(row: Row) -> list[tuple[str, str]]:
         return []
 
 
-def _key(question: str) -> str:
+def folded(question: str) -> str:
+    """A question whatever its case and spaces."""
     return " ".join(question.lower().split())

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from dtpvit.errors import UserError
 from dtpvit.evaluation.json_rows import Row, read_rows
-from dtpvit.evaluation.vqa_questions import QuestionId, is_conversation, question_id, turns_of
+from dtpvit.evaluation.vqa_questions import QuestionId, folded, is_conversation, question_id, turns_of
 from dtpvit.evaluation.vqa_scores import OPTIONS, Choice
 
 __all__ = ["Metric", "Reference", "References"]
@@ -65,7 +65,7 @@ class References:
                         "each question an id of its own"
                     )
                 if "image_id" in row.fields and reference.question:
-                    self._by_image[str(row.fields["image_id"]), reference.question.lower()] = reference
+                    self._by_image[str(row.fields["image_id"]), folded(reference.question)] = reference
 
     def __len__(self) -> int:
         """Questions that have an answer."""
@@ -81,11 +81,11 @@ class References:
         Raises:
             UserError: If there is none, or the file has another question of that id.
         """
-        begins = asked.strip().split("\n")[0].strip()
-        found = self._by_image.get((str(number), begins.lower())) or self._by_id.get(str(number))
+        begins = asked.strip().split("\n")[0]
+        found = self._by_image.get((str(number), folded(begins))) or self._by_id.get(str(number))
         if found is None:
             raise UserError(f"{self.path} has no answer to question {number!r}; give the answers to these questions")
-        if asked and found.question.lower() not in asked.lower():
+        if asked and folded(found.question) not in folded(asked):
             raise UserError(
                 f"question {number!r} is {begins[:60]!r}, but in {found.place}, it is {found.question[:60]!r}; give "
                 "the answers to these questions"

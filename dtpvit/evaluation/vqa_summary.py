@@ -31,7 +31,7 @@ class Scoring:
     Attributes:
         metric: The scorer's name.
         references: What is right.
-        majority: Somebody to compare with; needs the answers' ``prompt``.
+        majority: Somebody to compare with.
         strict: See :func:`.exact_match`.
     """
 
@@ -97,7 +97,7 @@ def _scored(rows: Sequence[dict[str, Any]], scoring: Scoring) -> dict[str, Any]:
         seen.add(id(reference))
         if "skipped" not in row:
             said.append(row["text"])
-            asked.append(question)
+            asked.append(question or reference.question)
             right.append(reference)
     answers = [reference.answer for reference in right]
     score = partial(exact_match, strict=True) if scoring.strict else _SCORERS[scoring.metric]
@@ -150,7 +150,7 @@ def shown(summary: Summary) -> str:
     for name, value in summary.score.items():
         beside = f"   (majority of the training answers {summary.majority[name]:.2%})" if summary.majority else ""
         lines.append((name, f"{value:6.2%}{beside}"))
-    lines += [(f"  {group}", f"{value:6.2%}   ({count} questions)") for group, (count, value) in summary.groups.items()]
+    lines += [(f"  {group}", f"{value:6.2%}   (of {count})") for group, (count, value) in summary.groups.items()]
     if summary.visual_tokens:
         tokens = summary.visual_tokens
         lines.append(("visual tokens", f"{tokens['mean']:6.1f}   an image ({tokens['min']:g} to {tokens['max']:g})"))
@@ -158,4 +158,5 @@ def shown(summary: Summary) -> str:
         lines.append(("prefill", f"{summary.prefill_ms:6.1f}   ms a question"))
     if summary.questions_per_second is not None:
         lines.append(("questions/s", f"{summary.questions_per_second:6.1f}"))
-    return "\n".join(f"{title:<16}{text}" for title, text in lines)
+    width = max(16, *(len(title) + 2 for title, _ in lines))
+    return "\n".join(f"{title:<{width}}{text}" for title, text in lines)

@@ -232,7 +232,7 @@ def test_scores_are_printed_and_written_with_groups_and_majority(write, tmp_path
     assert run("score", "--predictions", write("said.jsonl", said), *arguments) == 0
     printed = capsys.readouterr().out
     assert "accuracy        50.00%   (majority of the training answers 50.00%)" in printed
-    assert "  adversarial    0.00%   (1 questions)" in printed
+    assert "  adversarial    0.00%   (of 1)" in printed
     assert "visual tokens      5.0   an image (4 to 6)" in printed
     record = json.loads(target.read_text())
     assert record["score"] == {"accuracy": 0.5, "precision": 0.5, "recall": 1, "F1": 2 / 3, "yes ratio": 1}

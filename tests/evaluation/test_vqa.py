@@ -215,6 +215,17 @@ def test_a_file_of_other_answers_is_refused_and_left_alone(colour_assistant, dat
     assert (data / "out.jsonl").read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    "content", ['[{"question_id": 0, "text": "mine"}]', '{"question_id": 0, "prompt": "mine"}', "x"]
+)
+@pytest.mark.parametrize("end", ["", "\n"])
+def test_a_file_of_something_else_is_never_written_to(colour_assistant, data, capsys, content, end):
+    (data / "out.jsonl").write_text(content + end)
+    assert vqa(colour_assistant, data) == 2
+    assert (data / "out.jsonl").read_text() == content + end
+    assert "out.jsonl" in capsys.readouterr().err
+
+
 # Mistakes
 
 
