@@ -72,6 +72,15 @@ class TokenReducer(nn.Module, ABC):
     draws: Literal["never", "training", "always"] = "never"
     fixed: bool = False
 
+    @property
+    def counts_patches(self) -> bool:
+        """Whether each patch counts once, and in the token that source names.
+
+        The mean of the tokens behind it by size is then the mean of what is spread back to the patches.
+        """
+        restored = self.place in ("attention", "keys")
+        return restored or (not (self.drops or self.soft) and (self.averages or not self.needs_grid))
+
     @abstractmethod
     def forward(self, tokens: Tokens, evidence: Evidence) -> Reduction:
         """Reduce ``tokens``; must leave an image's result independent of its batch in evaluation mode."""
