@@ -22,7 +22,8 @@ class Tokens:
     Attributes:
         features: Shape (T, D).
         layout: Where each image's tokens lie.
-        size: Patches that each token stands for, float32, shape (T,); 1 for prefix tokens, which count no patch.
+        size: Patches that each token stands for, and so its weight wherever tokens are weighed, float32, shape (T,); 1
+            for prefix tokens, which count no patch.
         source: For each original patch the token it went into, counted within its image without the prefix
             (-1: dropped), int64, shape (P,).
         patches: Layout of the original patches; its lengths sum to P.

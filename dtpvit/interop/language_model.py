@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dtpvit.errors import UserError
 
-__all__ = ["LORA", "added_adapters", "answer_logits", "load_language_model", "merged"]
+__all__ = ["LORA", "added_adapters", "answer_logits", "checkpoint_activations", "load_language_model", "merged"]
 
 LORA = {"r": 128, "lora_alpha": 256, "lora_dropout": 0.05}  # of LLaVA-1.5's finetune_lora.sh
 
@@ -78,6 +78,13 @@ def added_adapters(model: nn.Module, options: Mapping[str, Any] | None = None) -
             return get_peft_model(cast("Any", model), LoraConfig(**given))
     except (TypeError, ValueError) as error:
         raise UserError(f"the adapters cannot be made: {error}") from error
+
+
+def checkpoint_activations(model: nn.Module) -> None:
+    """Recompute each layer in the backward pass, which transformers does in training mode only."""
+    words: Any = model
+    enable = getattr(words, "activation_checkpointing_enable", None) or words.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def merged(model: nn.Module) -> nn.Module:

@@ -16,7 +16,7 @@ from dtpvit.interop.chat import Template
 from dtpvit.interop.dense_weights import Transfer, load_dense
 from dtpvit.interop.image_models import vision_config
 from dtpvit.interop.instruction_models import create_instruction_model, encoder_of, is_instruction, load_parts
-from dtpvit.interop.language_model import added_adapters
+from dtpvit.interop.language_model import added_adapters, checkpoint_activations
 from dtpvit.interop.loading import difference
 from dtpvit.interop.model_config import replaced
 from dtpvit.interop.visual_language import Read, Select
@@ -144,8 +144,7 @@ class Instruction(ImageTask):
         freeze_parts(self.model, tune_projector, tune_language_model, tune_vision, tune_vision_from)
         if grad_checkpointing:
             self.model.vision.set_grad_checkpointing()
-            words: Any = self.model.language_model
-            words.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            checkpoint_activations(self.model.language_model)
         self.prepare(built.config["mean"], built.config["std"], max_nonfinite)
         words = self.model.language_model.named_parameters(remove_duplicate=False)
         self.learned_words = {name for name, parameter in words if parameter.requires_grad}
@@ -159,7 +158,8 @@ class Instruction(ImageTask):
     def train(self, mode: bool = True) -> Instruction:
         super().train(mode)
         if mode:
-            set_part_modes(self.model, self.hparams["tune_language_model"], self.hparams["tune_vision"])
+            tuned = self.hparams["tune_language_model"], self.hparams["tune_vision"]
+            set_part_modes(self.model, *tuned, recompute=self.hparams["grad_checkpointing"])
         return self
 
     def setup(self, stage: str) -> None:

@@ -81,9 +81,14 @@ def _unread(model: VisualLanguageModel) -> list[nn.Module]:
     return [*encoder.blocks[model.depth :], encoder.norm, *late]
 
 
-def set_part_modes(model: VisualLanguageModel, language: TuneLanguage, vision: TuneVision) -> None:
-    """Training mode for what learns; evaluation mode, without dropout, for what stands still."""
-    model.language_model.train(language != "frozen")
+def set_part_modes(
+    model: VisualLanguageModel, language: TuneLanguage, vision: TuneVision, *, recompute: bool = False
+) -> None:
+    """Training mode for what learns; evaluation mode, without dropout, for what stands still.
+
+    A frozen language model that is to ``recompute`` its layers is in training mode too, or it would keep them.
+    """
+    model.language_model.train(language != "frozen" or recompute)
     model.vision.train(vision in ("partial", "full"))
     if vision == "reducers":
         train_reducers(model.vision)

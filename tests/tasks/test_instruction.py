@@ -82,6 +82,20 @@ def test_the_projector_alone_learns_to_name_what_is_seen(folder):
     assert figures["val/cut_tokens"] == 0
 
 
+@pytest.mark.parametrize("tuned", ["frozen", "full", "lora"])
+def test_recomputing_layers_changes_no_gradient(tuned, folder):
+    found = []
+    for recompute in (False, True):
+        options = {"lora": {"r": 2, "lora_dropout": 0.0}, "tune_vision": "reducers"}
+        module = conversing.task(folder, tune_language_model=tuned, grad_checkpointing=recompute, **options)
+        module.train()
+        read = module._read(conversing.batch(module.chat))
+        read.logits.logsumexp(-1).sum().backward()
+        found.append({name: p.grad for name, p in module.named_parameters() if p.grad is not None})
+    assert found[0]
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
+
+
 def test_a_checkpoint_leaves_out_what_is_frozen_of_the_language_model(folder):
     for options, kept in (
         ({}, 0),
