@@ -40,7 +40,7 @@ class ForeignEncoder(ImageEncoder):
     ) -> None:
         if unused:
             raise ValueError(f"a foreign tower takes name, pretrained and image_size, not {', '.join(sorted(unused))}")
-        size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+        size = (image_size, image_size) if isinstance(image_size, int) else (image_size[0], image_size[1])
         tower = _tower(name, pretrained, size)
         rows, columns, dim, macs = _measured(tower, size)
         # A stand-in for the patch size: towers exist whose patches leave pixels at the border over.
@@ -65,7 +65,7 @@ class ForeignEncoder(ImageEncoder):
         return self._macs
 
 
-def _tower(name: str, pretrained: str | None, size: tuple[int, ...]) -> nn.Module:
+def _tower(name: str, pretrained: str | None, size: tuple[int, int]) -> nn.Module:
     """The part that gives features on a grid, without pooling and head."""
     library, _, model = name.rpartition(":")
     if library == "open_clip":
@@ -112,7 +112,7 @@ def _on_grid(tower: nn.Module, features: Tensor) -> Tensor:
     return features if channels_last else features.permute(0, 2, 3, 1)
 
 
-def _measured(tower: nn.Module, size: tuple[int, ...]) -> tuple[int, int, int, float]:
+def _measured(tower: nn.Module, size: tuple[int, int]) -> tuple[int, int, int, float]:
     """Rows, columns and width of the features, and multiply-accumulates of an image."""
     training, counter = tower.training, FlopCounterMode(display=False)
     tower.eval()
