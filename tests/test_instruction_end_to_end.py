@@ -83,7 +83,7 @@ STAGE_2 = (
         "--model.init_args.learning_rate",
         "0.005",
         "--trainer.max_epochs",
-        "20",
+        "50",
     ),
     *("--data.init_args.independent_turns", "true", "--data.init_args.shuffle_turns", "true"),
 )

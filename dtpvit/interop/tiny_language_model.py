@@ -53,6 +53,7 @@ def make_tiny_language_model(
     """
     try:
         from transformers import LlamaConfig, LlamaForCausalLM
+        from transformers.utils import logging
     except ImportError as error:
         raise UserError("language models need transformers; pip install dtpvit[instruct]") from error
     if vocab_size < 256 + len(_SPECIAL):
@@ -75,6 +76,7 @@ def make_tiny_language_model(
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         model = LlamaForCausalLM(config)
+    logging.disable_progress_bar()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return Path(folder)
@@ -93,7 +95,9 @@ def _tokenizer(texts: Iterable[str], vocab_size: int, max_length: int) -> Any:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    # In every prompt, whatever the texts are: spelled in bytes they would be half of it.
+    roles = [role for role in ("system", "user", "assistant") for _ in range(1000)]
+    tokenizer.train_from_iterator([*texts, *roles], trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token="<|im_end|>",
