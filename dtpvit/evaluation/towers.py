@@ -19,6 +19,7 @@ from dtpvit.encoder import BlockLayouts, DualEncoder, Encoding, ImageEncoder, Vi
 from dtpvit.errors import UserError
 from dtpvit.evaluation.cost import counted_macs, image_cost
 from dtpvit.interop.image_models import ImageClassifier, create_classifier, load_classifier, vision_config
+from dtpvit.interop.instruction_models import is_instruction, load_vision
 from dtpvit.interop.loading import LoadedClip, is_classifier, load_clip
 from dtpvit.interop.model_config import NAMES, replaced, trunk_config, with_vision
 from dtpvit.interop.preprocessing import eval_transform
@@ -175,16 +176,20 @@ def _of_config(spec: str, path: Path) -> Tower:
         raise UserError(f"there is no config {path}; give a YAML of `dtpvit fit`")
     try:
         options = yaml.safe_load(path.read_text(encoding="utf-8"))["model"]["init_args"]
-        model = options["model"]
+        words = "language_model" in options
+        model = options["encoder" if words else "model"]
     except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise UserError(f"the config {path} names no model at model.init_args.model; give a YAML of a task") from error
+        raise UserError(
+            f"the config {path} names no model at model.init_args.model, or encoder; give a YAML of a task, or the "
+            "checkpoint that its encoder comes from"
+        ) from error
     entries = options.get("vision") or {}
-    if "num_classes" not in options:
+    if "num_classes" not in options and not words:
         return _of_clip(spec, load_clip(with_vision(model, entries) if entries else model))
     if entries:
         model = replaced(vision_config(model), entries)
     return _of_classifier(
-        spec, create_classifier(model, options["num_classes"], options.get("mean"), options.get("std"))
+        spec, create_classifier(model, options.get("num_classes", 0), options.get("mean"), options.get("std"))
     )
 
 
@@ -192,6 +197,8 @@ def _of_checkpoint(spec: str, path: Path) -> Tower:
     content = read_checkpoint(path, mmap=True)
     if is_classifier(content):
         return _of_classifier(spec, load_classifier(path))
+    if is_instruction(content):
+        return _of_classifier(spec, load_vision(path))
     if "model" not in (content.get("hyper_parameters") or {}):
         raise UserError(
             f"checkpoint {path} does not record which model it is; give one of `dtpvit fit`, or the model's name"

@@ -14,9 +14,15 @@ from torch import Tensor
 
 from dtpvit.errors import UserError
 from dtpvit.interop.chat import Chat, Template
-from dtpvit.interop.image_models import image_model, pixel_statistics, vision_config
+from dtpvit.interop.image_models import (
+    ImageClassifier,
+    create_classifier,
+    image_model,
+    pixel_statistics,
+    vision_config,
+)
 from dtpvit.interop.language_model import added_adapters, load_language_model, merged
-from dtpvit.interop.loading import difference
+from dtpvit.interop.loading import difference, load_state
 from dtpvit.interop.model_config import model_config
 from dtpvit.interop.visual_language import Select, VisualLanguageModel
 from dtpvit.interop.weight_files import read_checkpoint, state_of
@@ -27,6 +33,8 @@ __all__ = [
     "encoder_of",
     "is_instruction",
     "load_instruction_model",
+    "load_parts",
+    "load_vision",
     "save_instruction_model",
 ]
 
@@ -154,6 +162,21 @@ def load_instruction_model(path: str | Path) -> InstructionModel:
     load_parts(found.model, state, path)
     found.model.language_model = merged(found.model.language_model)
     found.model.eval().requires_grad_(False)
+    return found
+
+
+def load_vision(checkpoint: str | Path) -> ImageClassifier:
+    """The image encoder in a checkpoint of the instruction task, without a head, in evaluation mode, on the CPU.
+
+    Raises:
+        UserError: If the file cannot be read, or does not hold the weights that it promises.
+    """
+    known = encoder_of(checkpoint)
+    found = create_classifier(known["encoder"], 0, known["mean"], known["std"])
+    state = state_of(read_checkpoint(checkpoint))
+    own = {name.removeprefix("vision."): value for name, value in state.items() if name.startswith("vision.")}
+    load_state(found.model, own, checkpoint)
+    found.model.eval()
     return found
 
 

@@ -6,10 +6,12 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from dtpvit._run_folder import StepSeed
 from dtpvit.errors import UserError
+from dtpvit.evaluation.towers import load_tower
 from dtpvit.interop.assistant import Question, load_assistant
 from dtpvit.interop.export import export
 from dtpvit.interop.instruction_models import load_instruction_model
@@ -71,9 +73,9 @@ def test_exactly_what_is_tuned_learns(name, folder):
     assert found == wanted
 
 
-def test_the_projector_alone_learns_to_name_what_is_seen(folder):
+def test_learns_to_name_what_is_seen(folder):
     module = conversing.task(folder, tune_language_model="full", position=True)
-    trainer = conversing.fit(module, conversing.Conversations(steps=60))
+    trainer = conversing.fit(module, conversing.Conversations(steps=200))
     trainer.validate(module, conversing.Conversations(), verbose=False)
     figures = trainer.callback_metrics
     assert figures["val/exact"] == 1.0
@@ -197,6 +199,21 @@ def test_trained_logits_survive_the_folder(folder, tmp_path):
         found = load_instruction_model(tmp_path / "last.ckpt")
         images = module.normalise(batch["image"])
         torch.testing.assert_close(found.model.read(batch, images, max_length=128).logits, wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_the_encoder_alone_is_a_tower_to_be_measured(folder, tmp_path):
+    module = conversing.task(folder, tune_vision="full")
+    trainer = conversing.fit(module)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    tower = load_tower(str(tmp_path / "last.ckpt"))
+    images = torch.randn(2, 3, 32, 32)
+    module.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(tower.encode(images)[0], module.model.vision(images))
+    assert tower.mean == tuple(module.config["mean"])
+    config = {"model": {"init_args": {"language_model": folder, "encoder": conversing.ENCODER}}}
+    (tmp_path / "tuning.yaml").write_text(yaml.safe_dump(config))
+    assert load_tower(str(tmp_path / "tuning.yaml")).image_size == (32, 32)
 
 
 def test_what_does_not_fit_is_said(folder, tmp_path):
