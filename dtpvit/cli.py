@@ -8,7 +8,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,6 +58,11 @@ COMMANDS = {
         "dtpvit.tasks.compare:compare",
         positional=("reducers", "configs/reducers/*.yaml, or tables of several such rows"),
     ),
+    "data count": Command(
+        "how many addresses became usable samples, and why not the rest: SHARDS... [--deep]",
+        "dtpvit.datamodules.shard_count:count",
+        positional=("shards", "folders, brace lists or globs of .tar shards"),
+    ),
     "export": Command(
         "write a checkpoint as a folder that open_clip loads (--out), or as ONNX (--onnx)",
         "dtpvit.interop.export:export",
@@ -66,7 +71,7 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command and return its exit code: 0, 2 for a mistake of the user, 130 for Ctrl-C.
+    """Run one command and return its exit code: 0, 2 for a mistake of the user, 3 for bad data, 130 for Ctrl-C.
 
     Args:
         argv: The arguments after the program's name; those of this process if None.
@@ -92,10 +97,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _dispatch(arguments: list[str]) -> int:
-    name, *rest = arguments or ["help"]
+    name, *rest = _join_words(arguments or ["help"])
     if name in ("help", "-h", "--help"):
-        if rest and rest[0] in COMMANDS:
-            return _dispatch([rest[0], "--help"])
+        wanted = _join_words(rest)[:1]
+        if wanted and wanted[0] in COMMANDS:
+            return _dispatch([wanted[0], "--help"])
         print(_help())
         return 0
     if name in ("-V", "--version", "version"):
@@ -110,7 +116,7 @@ def _dispatch(arguments: list[str]) -> int:
     _check_config_files(name, rest)
     _prepare_process()
     if (target := COMMANDS[name].target) is not None:
-        _call(name, target, COMMANDS[name].positional, rest)
+        return _call(name, target, COMMANDS[name].positional, rest)
     elif name == "tune":
         from dtpvit._tune_cli import TuneCLI
 
@@ -145,8 +151,14 @@ def _prepare_process() -> None:
         log.addHandler(_Log())
 
 
-def _call(name: str, target: str, positional: tuple[str, str] | None, arguments: list[str]) -> None:
-    """Run the function ``module:function``, its signature being the command's options."""
+def _join_words(arguments: list[str]) -> list[str]:
+    """``["data", "count", ...]`` -> ``["data count", ...]``, for the commands of two words."""
+    joined = " ".join(arguments[:2])
+    return [joined, *arguments[2:]] if joined in COMMANDS else arguments
+
+
+def _call(name: str, target: str, positional: tuple[str, str] | None, arguments: list[str]) -> int:
+    """Run the function ``module:function``, its signature being the command's options; it may return an exit code."""
     from jsonargparse import ArgumentParser
 
     module, function = target.split(":")
@@ -161,7 +173,18 @@ def _call(name: str, target: str, positional: tuple[str, str] | None, arguments:
         many: dict[str, Any] = {"nargs": "+"} if parameter.endswith("s") else {}
         parser.add_argument(parameter, type=str, metavar=parameter.removesuffix("s").upper(), help=text, **many)
     parser.add_function_arguments(component, as_group=False, skip=taken, fail_untyped=False)
-    component(**parser.parse_args(arguments).as_dict())
+    return component(**parser.parse_args(_switches(component, arguments)).as_dict()) or 0
+
+
+def _switches(component: Callable[..., Any], arguments: list[str]) -> list[str]:
+    """Let ``--deep`` stand for ``--deep=true`` where the parameter is a bool."""
+    parameters = inspect.signature(component).parameters.values()
+    switches = {f"--{parameter.name}" for parameter in parameters if parameter.annotation in (bool, "bool")}
+    following = [*arguments[1:], ""]
+    return [
+        f"{argument}=true" if argument in switches and after not in ("true", "false") else argument
+        for argument, after in zip(arguments, following, strict=True)
+    ]
 
 
 def _help() -> str:
@@ -177,6 +200,8 @@ def _help() -> str:
 def _unknown_command(name: str) -> str:
     if name.startswith("-"):
         return f"found the option {name!r} where a command was expected; write `dtpvit COMMAND {name} ...`."
+    if family := [command for command in COMMANDS if command.startswith(f"{name} ")]:
+        return f"{name} is the first word of a command; write one of `dtpvit {'`, `dtpvit '.join(family)}`."
     near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.5)
     advice = f"did you mean `dtpvit {near[0]}`?" if near else "`dtpvit help` lists the commands."
     return f"there is no command {name!r}; {advice}"

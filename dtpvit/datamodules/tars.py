@@ -8,13 +8,13 @@ import gzip
 import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from webdataset.gopen import gopen
 
 from dtpvit.datamodules.shards import is_local
 
-__all__ = ["BrokenTar", "read_members"]
+__all__ = ["BrokenTar", "Fault", "read_members", "scan_shard"]
 
 _BLOCK = 512
 _REGULAR = (b"0", b"\0")
@@ -23,6 +23,13 @@ _LONG_NAME, _PAX = b"L", b"x"
 
 class BrokenTar(Exception):
     """The archive cannot be opened, or it is damaged from some point on."""
+
+
+class Fault(NamedTuple):
+    """What is left out of a shard: "duplicate key" and the key, or "unreadable shard" and what is wrong with it."""
+
+    cause: str
+    where: str
 
 
 class _Readable(Protocol):
@@ -44,6 +51,36 @@ def read_members(shard: str) -> Iterator[tuple[str, bytes]]:
             yield from _members(stream)
     except (OSError, EOFError, ValueError, OverflowError, MemoryError, zlib.error) as error:
         raise BrokenTar(f"{shard}: {error}") from error
+
+
+def scan_shard(shard: str) -> Iterator[tuple[str, dict[str, bytes]] | Fault]:
+    """Key and members (by lower-case ending) of every sample, neighbours with one key being one; and what is wrong.
+
+    Of members that occur twice the first counts. The sample at which damage begins is not yielded, for it may be
+    incomplete.
+    """
+    key, parts, seen = "", {}, set()
+    try:
+        for name, data in read_members(shard):
+            folder, _, file = name.rpartition("/")
+            stem, _, ending = file.lower().partition(".")
+            if not stem or not ending or stem.startswith("__"):
+                continue
+            this = f"{folder}/{file[: len(stem)]}" if folder else file[: len(stem)]
+            if this != key:
+                if parts:
+                    yield key, parts
+                    seen.add(key)
+                key, parts = this, {}
+            if this in seen or ending in parts:
+                yield Fault("duplicate key", this)
+            else:
+                parts[ending] = data
+    except BrokenTar as error:
+        yield Fault("unreadable shard", str(error))
+        return
+    if parts:
+        yield key, parts
 
 
 def _members(stream: _Readable) -> Iterator[tuple[str, bytes]]:
