@@ -63,6 +63,11 @@ COMMANDS = {
         "dtpvit.datamodules.shard_count:count",
         positional=("shards", "folders, brace lists or globs of .tar shards"),
     ),
+    "data check": Command(
+        "decode everything and list what is broken or occurs twice: SHARDS... [--repair DIR] [--json FILE]",
+        "dtpvit.datamodules.shard_check:check",
+        positional=("shards", "folders, brace lists or globs of .tar shards"),
+    ),
     "export": Command(
         "write a checkpoint as a folder that open_clip loads (--out), or as ONNX (--onnx)",
         "dtpvit.interop.export:export",

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dtpvit.datamodules.shard_survey import ShardSurvey, survey_shard, survey_shards
+from dtpvit.datamodules.shard_survey import LOST, OF_SAMPLES, ShardSurvey, survey_shard, survey_shards
 from dtpvit.datamodules.shards import is_local, named_shards, shard_stats
 from dtpvit.errors import UserError
 from dtpvit.output_file import output_file, write_json
@@ -27,7 +27,6 @@ __all__ = ["cause_of_status", "count", "out_of"]
 
 _NAMED = 5  # shards, before "and 7 more"
 _ROWS = 12  # causes
-_LOST = "in _stats.json, not in the shard"
 _CAUSES = (
     (r"HTTP Error (\d+)", r"HTTP \1"),
     (r"timed? ?out", "timed out"),
@@ -100,35 +99,25 @@ class _Tally:
         if stats is None:
             self.unknown.append(shard)
         else:
-            self._add_failures(stats)
+            self.addresses += stats["count"]
+            failed = {status: number for status, number in stats["status_dict"].items() if status != "success"}
+            self.statuses.update(failed)
+            for status, number in failed.items():
+                self.causes[cause_of_status(status)] += number
         if survey is not None:
             self._add_survey(survey, None if stats is None else stats["successes"])
         elif stats is not None:
             self.sizes[shard] = stats["successes"]
 
-    def _add_failures(self, stats: dict[str, Any]) -> None:
-        total = stats.get("count")
-        total = max(total, stats["successes"]) if isinstance(total, int) else stats["successes"]
-        statuses = stats.get("status_dict")
-        failed = {text: n for text, n in statuses.items() if isinstance(n, int)} if isinstance(statuses, dict) else {}
-        failed.pop("success", None)
-        # img2dataset keeps 100 statuses of a shard at most; a shard of other makers may have none.
-        if rest := total - stats["successes"] - sum(failed.values()):
-            failed["cause not recorded"] = failed.get("cause not recorded", 0) + rest
-        self.addresses += total
-        self.statuses.update(failed)
-        for status, number in failed.items():
-            self.causes[cause_of_status(status)] += number
-
     def _add_survey(self, survey: ShardSurvey, promised: int | None) -> None:
         self.sizes[survey.shard] = survey.usable
         found = Counter(fault.cause for fault in survey.faults)
-        self.causes.update({cause: found[cause] for cause in ("no image", "no caption") if found[cause]})
+        self.causes.update({cause: found[cause] for cause in OF_SAMPLES if found[cause]})
         self.statuses.update({cause: found[cause] for cause in ("duplicate key", "unreadable shard") if found[cause]})
         if promised is None:
             self.addresses += len(survey.keys)
         elif lost := promised - len(survey.keys):
-            self.causes[_LOST] += lost
+            self.causes[LOST] += lost
 
     def record(self, shards: int) -> dict[str, Any]:
         """Everything, for a JSON file."""

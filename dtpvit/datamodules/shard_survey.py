@@ -18,7 +18,11 @@ from dtpvit.datamodules.samples import SkippedSample, captions_of, decode_image,
 from dtpvit.datamodules.tars import Fault, scan_shard
 from dtpvit.errors import UserError
 
-__all__ = ["ShardSurvey", "default_workers", "survey_shard", "survey_shards"]
+__all__ = ["LOST", "OF_SAMPLES", "ShardSurvey", "default_workers", "survey_shard", "survey_shards"]
+
+OF_SAMPLES = ("no image", "no caption", "broken image", "oversized image")
+"""The causes that each stand for one sample that training does not use."""
+LOST = "in _stats.json, not in the shard"
 
 Keep = Callable[[str, dict[str, bytes]], None]
 

@@ -72,12 +72,24 @@ def shard_counts(shards: Sequence[str]) -> list[int | None]:
 
 
 def shard_stats(shard: str) -> dict[str, Any] | None:
-    """What img2dataset's ``_stats.json`` beside a local shard holds, if its ``successes`` is a number; else None."""
+    """What img2dataset's ``_stats.json`` beside a local shard holds; None if it holds no number of ``successes``.
+
+    Its ``count`` of addresses is at least the successes, and its ``status_dict`` holds numbers that sum to it.
+    """
     stem = shard_stem(shard)
     if not is_local(shard) or stem == shard:
         return None
     stats = _load_mapping(Path(f"{stem}_stats.json"))
-    return stats if _number(stats.get("successes")) is not None else None
+    if (successes := _number(stats.get("successes"))) is None:
+        return None
+    statuses = stats.get("status_dict")
+    numbers = {text: _number(number) or 0 for text, number in statuses.items()} if isinstance(statuses, dict) else {}
+    numbers["success"] = successes
+    count = max(_number(stats.get("count")) or 0, sum(numbers.values()))
+    # img2dataset keeps 100 statuses of a shard at most, and shards of other makers may have none.
+    if rest := count - sum(numbers.values()):
+        numbers["cause not recorded"] = rest
+    return stats | {"count": count, "status_dict": numbers}
 
 
 def shard_stem(shard: str) -> str:
