@@ -68,6 +68,11 @@ COMMANDS = {
         "dtpvit.datamodules.shard_check:check",
         positional=("shards", "folders, brace lists or globs of .tar shards"),
     ),
+    "data show": Command(
+        "a contact sheet of images with their captions: SHARDS... [--out sheet.png] [--count 48]",
+        "dtpvit.datamodules.contact_sheet:show",
+        positional=("shards", "folders, brace lists or globs of .tar shards"),
+    ),
     "export": Command(
         "write a checkpoint as a folder that open_clip loads (--out), or as ONNX (--onnx)",
         "dtpvit.interop.export:export",
