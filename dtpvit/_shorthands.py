@@ -15,7 +15,8 @@ __all__ = ["SHORTHANDS", "expand_shorthands", "missing_file", "options"]
 
 SHORTHANDS = """\
 Shorthands of fit, validate, test, predict and tune:
-  --data DATA        a folder, a brace list or a list of shards: --data.init_args.train (fit, tune) or .val
+  --data DATA        a folder, a brace list or a list of shards, or a file of conversations:
+                     --data.init_args.train (fit, tune) or .val
   --init FILE        start from these weights: --model.init_args.init
   --reducers FILE    reduce tokens so, whatever the config says: configs/reducers/NAME.yaml
   --encoder FILE     another encoder than a plain Vision Transformer: configs/encoders/NAME.yaml
@@ -101,7 +102,10 @@ def _fragment(option: str, value: str) -> dict[Any, Any]:
 
 def _names_a_class(value: str) -> bool:
     """Whether the value of ``--data`` is what LightningCLI takes: a class, a sub-config or inline JSON."""
+    if Path(value).is_file() and value.endswith(".json"):  # LLaVA's records are a list, a config is a mapping
+        with Path(value).open(encoding="utf-8", errors="replace") as file:
+            return file.read(64).lstrip().startswith("{")
     if Path(value).exists():
-        return value.endswith((".yaml", ".yml", ".json"))
+        return value.endswith((".yaml", ".yml"))
     dotted_class = re.fullmatch(r"([A-Za-z_]\w*\.)*[A-Z]\w*", value)
     return dotted_class is not None or value.startswith('{"')

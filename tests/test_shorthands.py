@@ -33,6 +33,13 @@ def test_a_name_that_is_given_stays_and_inline_json_passes(folder: Path) -> None
     assert expand_shorthands("fit", given) == expected
 
 
+def test_a_file_of_records_is_data_where_a_mapping_is_a_config(folder: Path) -> None:
+    Path("records.json").write_text('[{"id": 1}]')
+    Path("data.json").write_text('{"class_path": "mine.Data"}')
+    assert expand_shorthands("fit", ["--data", "records.json"]) == ["--data.init_args.train=records.json"]
+    assert expand_shorthands("fit", ["--data", "data.json"]) == ["--data", "data.json"]
+
+
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [(None, "did you mean configs/reducers/tome.yaml?"), ("[1, 2]", "holds list"), ("{a: [}", "is no YAML")],

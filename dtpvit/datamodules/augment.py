@@ -9,8 +9,8 @@ from timm.data.transforms_factory import transforms_imagenet_train
 from torch import Tensor
 
 from dtpvit.datamodules.seeding import seeded
-from dtpvit.datamodules.transforms import INTERPOLATIONS, EvalTransform, height_width
 from dtpvit.errors import UserError
+from dtpvit.interop.preprocessing import INTERPOLATIONS, EvalTransform, height_width
 
 __all__ = ["Augmentation", "Unaugmented"]
 

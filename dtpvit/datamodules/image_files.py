@@ -1,31 +1,23 @@
 """A training loader of image files: shuffled by epoch, repeated augmentation, resume in mid-epoch."""
 
 import os
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import PurePath
-from random import Random
-from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dtpvit.datamodules.labelled_recipe import DecodedLabel, LabelledImage, RawLabelled
 from dtpvit.datamodules.labelled_shards import Sample
-from dtpvit.datamodules.resumable import Resumable, steps_per_epoch
-from dtpvit.datamodules.samples import SkippedSample, sample_seed
-from dtpvit.errors import UserError
+from dtpvit.datamodules.resumable import steps_per_epoch
+from dtpvit.datamodules.samples import SkippedSample
+from dtpvit.datamodules.scheduled import Schedule, ScheduledLoader, Substituting
 
 __all__ = ["ImageFileLoader"]
 
-_TRIES = 100
 
-
-class ImageFileLoader(Resumable):
-    """Full batches, equally many on every rank, in an order that is a function of seed and epoch.
+class ImageFileLoader(ScheduledLoader):
+    """Images in full batches, equally many on every rank, in an order that is a function of seed and epoch.
 
     The images are shuffled over all ranks, and each of an epoch's batches is dealt out to the ranks in turn; what fills
     no batch is left out, other images in every epoch. With ``repeats`` each image occurs that often in a row (Hoffer
@@ -67,140 +59,42 @@ class ImageFileLoader(Resumable):
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        self.batch_size = batch_size
-        self.steps: int = steps_per_epoch(len(samples), batch_size, world_size)
-        self.skipped: dict[str, int] = {}
-        self._fixed = fixed
-        self._schedule = _Schedule(len(samples), self.steps, batch_size, repeats, seed, rank, world_size)
-        self._start_epoch(0)
-        self._loader = DataLoader(
+        steps = steps_per_epoch(len(samples), batch_size, world_size)
+        layout = {"batch_size": batch_size, "world_size": world_size, "num_images": len(samples)}
+        super().__init__(
             _ImageFiles(samples, recipe),
-            batch_size=None,
-            sampler=self._schedule,
+            Schedule(len(samples), steps, batch_size, repeats, seed, rank, world_size),
             num_workers=num_workers,
-            persistent_workers=num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-            # Its own generator: worker seeds drawn from the global one would change the model's randomness.
-            generator=torch.Generator().manual_seed(seed),
+            fixed=fixed,
+            layout=layout | {"repeats": repeats, "seed": seed},
         )
 
-    def __len__(self) -> int:
-        """Batches of this rank per epoch."""
-        return self.steps
 
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        """The epoch's batches, or after ``load_state_dict`` the rest of them.
-
-        Nothing happens before the first batch is asked for: Lightning calls ``iter`` ahead of ``set_epoch``.
-        """
-        if not self._resuming:
-            self._start_epoch(self._epoch)
-        self._resuming = False
-        skipped: Counter[str] = Counter()
-        self.skipped = skipped
-        schedule = self._schedule
-        schedule.epoch, schedule.position, schedule.salt = 0 if self._fixed else self._epoch, self._position, self._salt
-        for batch, causes in self._loader:
-            if isinstance(batch, str):
-                # Now, for the garbage collector may close their queues first and then wait for them in vain.
-                self._stop_workers()
-                raise UserError(batch)
-            skipped.update(causes)
-            self._position += 1
-            yield batch
-
-    def state_dict(self) -> dict[str, Any]:
-        """Position in plain Python, the same on every rank."""
-        return {"epoch": self._epoch, "position": self._position, "salt": self._salt, "layout": self._layout()}
-
-    def _layout(self) -> dict[str, int]:
-        schedule = self._schedule
-        return {
-            "batch_size": self.batch_size,
-            "world_size": schedule.world_size,
-            "num_images": schedule.num_images,
-            "repeats": schedule.repeats,
-            "seed": schedule.seed,
-        }
-
-
-class _Draws(NamedTuple):
-    """A batch to be made: which images, and for the how manieth time each."""
-
-    epoch: int
-    images: list[int]
-    repeats: list[int]
-
-
-@dataclass
-class _Schedule(Sampler[_Draws]):
-    """What is to be in each batch of this rank, from a position on."""
-
-    num_images: int
-    steps: int
-    batch_size: int
-    repeats: int
-    seed: int
-    rank: int
-    world_size: int
-    epoch: int = 0
-    position: int = 0
-    salt: int = 0
-
-    def __iter__(self) -> Iterator[_Draws]:
-        shuffle = torch.Generator().manual_seed(sample_seed(f"order {self.salt}", self.epoch, self.seed))
-        order = torch.randperm(self.num_images, generator=shuffle).numpy()
-        whole = self.batch_size * self.world_size
-        for step in range(self.position, self.steps):
-            places = np.arange(step * whole + self.rank, (step + 1) * whole, self.world_size)
-            yield _Draws(self.epoch, order[places // self.repeats].tolist(), (places % self.repeats).tolist())
-
-
-class _ImageFiles(Dataset[tuple[Any, dict[str, int]]]):
-    """The part of the loader that lives in the workers: whole batches, and what was skipped on the way.
-
-    A batch that is a string is an error's sentence: raised here, a worker's traceback would bury it.
-    """
+class _ImageFiles(Substituting[DecodedLabel]):
+    unit = "images"
 
     def __init__(self, samples: Sequence[Sample], recipe: LabelledImage) -> None:
         # Arrays, for a million small Python objects would be copied into every worker as they are counted.
         self._paths = np.array([os.fsencode(sample.path) for sample in samples])
         self._labels = np.array([sample.label for sample in samples], dtype=np.int64)
         self._recipe = recipe
+        self.seed = recipe.seed
 
-    def __getitem__(self, draws: _Draws) -> tuple[Any, dict[str, int]]:
-        skipped: Counter[str] = Counter()
-        try:
-            samples = [
-                self._sample(image, repeat, draws.epoch, skipped)
-                for image, repeat in zip(draws.images, draws.repeats, strict=True)
-            ]
-        except UserError as error:
-            return str(error), dict(skipped)
-        return self._recipe.collate(samples), dict(skipped)
+    def __len__(self) -> int:
+        return len(self._paths)
 
-    def _sample(self, image: int, repeat: int, epoch: int, skipped: Counter[str]) -> DecodedLabel:
-        """The image, or the first readable one of those that take its place."""
-        others = Random(f"{self._recipe.seed}-{epoch}-{image}")
-        path = wanted = os.fsdecode(self._paths[image])
-        for _ in range(_TRIES):
-            try:
-                return self._recipe.decode(self._read(path, int(self._labels[image])), epoch, repeat)
-            except SkippedSample as broken:
-                skipped[broken.cause] += 1
-            image = others.randrange(len(self._paths))
-            path = os.fsdecode(self._paths[image])
-        causes = ", ".join(f"{cause}: {count}" for cause, count in skipped.items())
-        raise UserError(
-            f"Neither {wanted} nor any of {_TRIES - 1} images tried in its place could be used ({causes} in this "
-            "batch); check that the images are whole and readable."
-        )
+    def name(self, record: int) -> str:
+        return os.fsdecode(self._paths[record])
 
-    @staticmethod
-    def _read(path: str, label: int) -> RawLabelled:
+    def load(self, record: int, epoch: int, repeat: int) -> DecodedLabel:
+        path = self.name(record)
         try:
             with open(path, "rb") as file:
                 content = file.read()
         except OSError:
             raise SkippedSample("unreadable file") from None
-        return RawLabelled("/".join(PurePath(path).parts[-2:]), content, label)
+        raw = RawLabelled("/".join(PurePath(path).parts[-2:]), content, int(self._labels[record]))
+        return self._recipe.decode(raw, epoch, repeat)
+
+    def collate(self, items: list[DecodedLabel]) -> dict[str, Tensor]:
+        return self._recipe.collate(items)

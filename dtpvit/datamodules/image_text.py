@@ -15,8 +15,9 @@ from dtpvit.datamodules.prompts import load_classnames, load_templates
 from dtpvit.datamodules.samples import ImageText
 from dtpvit.datamodules.shards import expand_shards
 from dtpvit.datamodules.trained_data import TrainedData
-from dtpvit.datamodules.transforms import eval_transform, height_width, train_transform
+from dtpvit.datamodules.transforms import train_transform
 from dtpvit.errors import UserError
+from dtpvit.interop.preprocessing import eval_transform, height_width
 
 __all__ = ["ImageTextShards"]
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dtpvit.datamodules.labelled_index import LabelledIndex, Sample, index_labelled
-from dtpvit.datamodules.transforms import eval_transform
 from dtpvit.errors import UserError
+from dtpvit.interop.preprocessing import eval_transform
 
 __all__ = ["LabelledLoader", "check_batching", "labelled_loader"]
 

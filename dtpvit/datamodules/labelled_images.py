@@ -18,8 +18,8 @@ from dtpvit.datamodules.labelled_training import (
 from dtpvit.datamodules.loader import ResumableLoader
 from dtpvit.datamodules.prompts import load_classnames
 from dtpvit.datamodules.trained_data import TrainedData
-from dtpvit.datamodules.transforms import EvalTransform, eval_transform, height_width
 from dtpvit.errors import UserError
+from dtpvit.interop.preprocessing import EvalTransform, eval_transform, height_width
 
 __all__ = ["LabelledImages"]
 

@@ -1,12 +1,12 @@
 """Shards of labelled images (an image and ``.cls`` a sample): which there are, and where in them each image lies."""
 
 import re
-import tarfile
 from pathlib import Path
 from typing import NamedTuple
 
 from dtpvit.datamodules.prompts import load_classnames
 from dtpvit.datamodules.shards import expand_shards, is_local
+from dtpvit.datamodules.tars import BrokenTar, index_members
 from dtpvit.errors import UserError
 
 __all__ = ["IMAGES", "Sample", "index_tar", "labelled_shards", "names_beside"]
@@ -73,19 +73,20 @@ def index_tar(shard: str) -> tuple[list[Sample], int]:
     labels: dict[str, int] = {}
     keys: set[str] = set()
     try:
-        with tarfile.open(shard, mode="r:") as tar:
-            for member in tar:
-                folder, _, base = member.name.rpartition("/")
+        with open(shard, "rb") as file:
+            for name, offset, size in index_members(shard):
+                folder, _, base = name.rpartition("/")
                 stem, dot, extension = base.partition(".")
-                if not member.isfile() or not stem or not dot:
+                if not stem or not dot:
                     continue
                 key = f"{folder}/{stem}"
                 keys.add(key)
                 if f".{extension.lower()}" in IMAGES:
-                    images[key] = (member.offset_data, member.size)
-                elif extension == "cls" and (content := tar.extractfile(member)) is not None:
-                    labels[key] = int(content.read())
-    except (tarfile.TarError, OSError, ValueError) as error:
+                    images[key] = (offset, size)
+                elif extension == "cls":
+                    file.seek(offset)
+                    labels[key] = int(file.read(size))
+    except (BrokenTar, OSError, ValueError) as error:
         raise UserError(
             f"{shard} is no sound, uncompressed tar with whole numbers as labels ({error}): download it again."
         ) from error

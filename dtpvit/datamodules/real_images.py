@@ -9,8 +9,8 @@ from torch import Tensor
 
 from dtpvit.datamodules.samples import IMAGE_ENDINGS, SkippedSample, decode_image, read_samples
 from dtpvit.datamodules.shards import expand_shards
-from dtpvit.datamodules.transforms import EvalTransform
 from dtpvit.errors import UserError
+from dtpvit.interop.preprocessing import EvalTransform
 
 __all__ = ["real_images"]
 

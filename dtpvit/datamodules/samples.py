@@ -16,7 +16,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from dtpvit.datamodules.tars import Fault, scan_shard
-from dtpvit.datamodules.transforms import EvalTransform, TrainTransform, to_pixels, to_rgb
+from dtpvit.datamodules.transforms import TrainTransform, to_pixels
+from dtpvit.interop.preprocessing import EvalTransform, to_rgb
 
 __all__ = [
     "CAUSES",

@@ -5,6 +5,7 @@ header for the end of the archive. Here damage is always told apart from the end
 """
 
 import gzip
+import tarfile
 import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -14,7 +15,7 @@ from webdataset.gopen import gopen
 
 from dtpvit.datamodules.shards import is_local
 
-__all__ = ["BrokenTar", "Fault", "read_members", "scan_shard"]
+__all__ = ["BrokenTar", "Fault", "index_members", "read_members", "scan_shard"]
 
 _BLOCK = 512
 _REGULAR = (b"0", b"\0")
@@ -50,6 +51,21 @@ def read_members(shard: str) -> Iterator[tuple[str, bytes]]:
                 stream = stack.enter_context(gzip.GzipFile(fileobj=stream))
             yield from _members(stream)
     except (OSError, EOFError, ValueError, OverflowError, MemoryError, zlib.error) as error:
+        raise BrokenTar(f"{shard}: {error}") from error
+
+
+def index_members(shard: str) -> Iterator[tuple[str, int, int]]:
+    """Name, offset and size of every regular file of a local, uncompressed tar, in order, reading no content.
+
+    Raises:
+        BrokenTar: If the tar is not there, compressed, damaged or cut off.
+    """
+    try:
+        with tarfile.open(shard, mode="r:") as tar:
+            for member in tar:
+                if member.isfile():
+                    yield member.name, member.offset_data, member.size
+    except (tarfile.TarError, OSError, ValueError) as error:
         raise BrokenTar(f"{shard}: {error}") from error
 
 

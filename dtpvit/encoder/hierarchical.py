@@ -15,6 +15,7 @@ from dtpvit.encoder.encoding import Encoding
 from dtpvit.encoder.image_encoder import ImageEncoder
 from dtpvit.encoder.layers import Block, NeighbourhoodAttention
 from dtpvit.encoder.layout import BlockLayouts, Layout
+from dtpvit.encoder.ops.segments import group_sums
 from dtpvit.encoder.tokens import Tokens
 
 __all__ = ["ConvStem", "HierarchicalEncoder", "Level", "StridedConvolution", "Transition", "coarser"]
@@ -60,7 +61,7 @@ def coarser(tokens: Tokens, features: Tensor) -> Tokens:
     row, column = torch.arange(rows, device=device) // 2, torch.arange(columns, device=device) // 2
     cell = (row[:, None] * grid[1] + column).flatten()
     destination = (layout.first[:, None] + cell).flatten()
-    size = tokens.size.new_zeros(layout.total).index_add_(0, destination, tokens.size)
+    size = group_sums(tokens.size, destination, layout.total)
     return tokens.regrouped(features, destination, layout, size, proportional=False).on_grid(grid)
 
 

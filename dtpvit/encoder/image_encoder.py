@@ -15,7 +15,7 @@ from dtpvit.encoder.encoding import Encoding
 from dtpvit.encoder.layout import BlockLayouts
 from dtpvit.encoder.ops.exportable import means_by_product
 from dtpvit.encoder.ops.noise import checksum, draw_seeds
-from dtpvit.encoder.ops.segments import Segments, pool_segments
+from dtpvit.encoder.ops.segments import Segments, group_sums, pool_segments
 from dtpvit.encoder.reducers.base import TokenReducer
 from dtpvit.encoder.tokens import Tokens
 
@@ -109,7 +109,7 @@ class ImageEncoder(nn.Module, ABC):
             return tokens.prefix_features()[:, 0]
         weight = tokens.size.masked_fill(layout.prefix, 0.0)
         weight = weight if tokens.policy is None else weight * tokens.policy
-        total = torch.zeros(layout.batch, device=weight.device).index_add_(0, layout.image, weight.detach())
+        total = group_sums(weight, layout.image, layout.batch)
         images = Segments(layout.image, layout.first, None, layout.opening, weight, total.clamp(min=1.0))
         if torch.compiler.is_exporting():
             return means_by_product(tokens.features, images, layout.batch)

@@ -28,7 +28,8 @@ class WindowMerging(Transition):
         num_heads: Attention heads of the level.
         place: ``"inside"``: between the block's attention and its MLP; ``"after"``: behind the block.
         eps: Of the LayerNorm.
-        **merging: Arguments of :class:`dtpvit.encoder.reducers.WindowedToMe`.
+        **merging: Arguments of :class:`dtpvit.encoder.reducers.WindowedToMe`; as published, ``by_size`` and
+            ``proportional`` are False.
 
     Raises:
         ValueError: If ``place`` is neither, or an argument out of range.
@@ -68,6 +69,9 @@ class NeighbourhoodEncoder(HierarchicalEncoder):
 
     Hassani et al., "Neighborhood Attention Transformer", CVPR 2023; with ``dilations`` that of Hassani and Shi,
     "Dilated Neighborhood Attention Transformer", 2022. The defaults are NAT-Mini's.
+
+    NATTEN's kernel takes no bias. Where it is installed it is used, on CUDA, by an encoder with ``position_bias=False``
+    and with ``merging=None`` or ``proportional=False`` in it, on the levels whose grid is larger than the kernel.
 
     Args:
         image_size: Side of the images, or (height, width), in pixels, multiples of 4.

@@ -22,7 +22,8 @@ class Tokens:
     Attributes:
         features: Shape (T, D).
         layout: Where each image's tokens lie.
-        size: Patches that each token stands for, float32, shape (T,); 1 for prefix tokens, which count no patch.
+        size: Patches that each token stands for, and so its weight wherever tokens are weighed, float32, shape (T,); 1
+            for prefix tokens, which count no patch.
         source: For each original patch the token it went into, counted within its image without the prefix
             (-1: dropped), int64, shape (P,).
         patches: Layout of the original patches; its lengths sum to P.
@@ -177,6 +178,19 @@ class Tokens:
         both = torch.stack((torch.ones_like(values), values), dim=1).double().masked_fill((self.source < 0)[:, None], 0)
         count, total = both.new_zeros(self.layout.total, 2).index_add_(0, place, both).unbind(1)
         return (total / count.clamp(min=1)).to(torch.float32)
+
+    def without_prefix(self, values: Tensor) -> Tensor:
+        """The values of all tokens but class and register tokens: shape (T, ...) to (T - B * num_prefix, ...)."""
+        if not self.num_prefix:
+            return values
+        layout = self.layout
+        if layout.uniform:
+            return values.unflatten(0, (layout.batch, -1))[:, self.num_prefix :].flatten(0, 1)
+        left = layout.total - layout.batch * self.num_prefix
+        image = torch.arange(layout.batch, device=values.device).repeat_interleave(
+            layout.lengths - self.num_prefix, output_size=left
+        )
+        return values[torch.arange(left, device=values.device) + self.num_prefix * (image + 1)]
 
     def prefix_features(self) -> Tensor:
         """The class and register tokens, shape (B, num_prefix, D)."""

@@ -26,7 +26,6 @@ ReducerMaker = Callable[[int], TokenReducer]
 class VisionEncoder(ImageEncoder):
     """A pre-norm Vision Transformer with token reducers before its blocks or in them.
 
-
     Without reducers it equals timm's ``vit_*`` models and, with ``pre_norm``, no ``patch_bias`` and eps 1e-5, the
     visual trunks of CLIP; parameter names are timm's.
 
@@ -149,11 +148,32 @@ class VisionEncoder(ImageEncoder):
     def forward(
         self, images: Tensor, *, seeds: Tensor | None = None, thresholds: Mapping[int, Tensor] | None = None
     ) -> Encoding:
+        return self.encode_until(self.depth, images, seeds=seeds, thresholds=thresholds)
+
+    def encode_until(
+        self,
+        depth: int,
+        images: Tensor,
+        *,
+        seeds: Tensor | None = None,
+        thresholds: Mapping[int, Tensor] | None = None,
+    ) -> Encoding:
+        """The first ``depth`` blocks alone, with their reducers; the final norm belongs to all of them only.
+
+        Args:
+            depth: Blocks to run, at least 0.
+            images, seeds, thresholds: See :meth:`ImageEncoder.forward`.
+
+        Raises:
+            ValueError: If there are not so many blocks.
+        """
+        if not 0 <= depth <= self.depth:
+            raise ValueError(f"depth is {depth}; the encoder has {self.depth} blocks")
         tokens = self.embed(images, seeds)
         losses: dict[str, Tensor] = {}
         layouts: list[BlockLayouts] = []
         compression: dict[int, float] = {}
-        for index in range(self.depth):
+        for index in range(depth):
             entered = self.enter_block(index, tokens, (thresholds or {}).get(index))
             if entered.reduction is not None:
                 losses |= {f"block{index}/{name}": loss for name, loss in entered.reduction.losses.items()}
@@ -161,7 +181,8 @@ class VisionEncoder(ImageEncoder):
                 compression[index] = _patch_tokens(tokens.layout) / max(1, fewer)
             layouts.append(entered.layouts)
             tokens = self._run(entered.rest, entered.tokens)
-        tokens = tokens.with_features(self.norm(tokens.features))
+        if depth == self.depth:
+            tokens = tokens.with_features(self.norm(tokens.features))
         return Encoding(tokens, self.read_out(tokens), losses, tuple(layouts), compression)
 
     def run_block(self, index: int, tokens: Tokens) -> Tokens:

@@ -15,13 +15,13 @@ from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from torch import Tensor, nn
 
 from dtpvit.datamodules.real_images import real_images
-from dtpvit.datamodules.transforms import eval_transform
 from dtpvit.encoder import BlockLayouts, DualEncoder, Encoding, ImageEncoder, VisionEncoder
 from dtpvit.errors import UserError
 from dtpvit.evaluation.cost import counted_macs, image_cost
 from dtpvit.interop.image_models import ImageClassifier, create_classifier, load_classifier, vision_config
 from dtpvit.interop.loading import LoadedClip, is_classifier, load_clip
 from dtpvit.interop.model_config import NAMES, replaced, trunk_config, with_vision
+from dtpvit.interop.preprocessing import eval_transform
 from dtpvit.interop.timm_models import TRUNKS, TimmEncoder
 from dtpvit.interop.weight_files import read_checkpoint
 

@@ -14,6 +14,7 @@ from dtpvit.encoder import DualEncoder, VisualTower
 from dtpvit.encoder.reducers import DynamicPooling
 from dtpvit.errors import UserError
 from dtpvit.interop.create import build_clip
+from dtpvit.interop.instruction_models import is_instruction, load_instruction_model, save_instruction_model
 from dtpvit.interop.loading import chosen_model, load_state
 from dtpvit.interop.model_config import model_config, to_open_clip
 from dtpvit.interop.onnx_file import write_onnx
@@ -30,6 +31,8 @@ def export(
     budget: Literal["fixed"] | None = None,
 ) -> None:
     """Write a checkpoint as a folder that open_clip loads, or its image tower as an ONNX file, or both.
+
+    A checkpoint of the instruction task is written as a folder that ``dtpvit.load_assistant`` loads, adapters merged.
 
     The folder loads under ``local-dir:FOLDER``, after ``import dtpvit``. The ONNX file takes normalised images, as many
     at a time as one likes, and gives the features before their normalisation; it is compared with PyTorch in
@@ -52,6 +55,12 @@ def export(
     if budget is not None and onnx is None:
         raise UserError("--budget changes the ONNX file only; give --onnx FILE.onnx with it")
     content = read_checkpoint(checkpoint)
+    if is_instruction(content):
+        if out is None or onnx is not None:
+            raise UserError("a model that answers questions is written as a folder only; give --out FOLDER")
+        save_instruction_model(load_instruction_model(checkpoint), out)
+        print(f"wrote {out}: dtpvit.load_assistant({out!r})")
+        return
     config = model_config(chosen_model(model, content, checkpoint))
     clip = build_clip(config)
     load_state(clip, state_of(content), checkpoint)

@@ -60,7 +60,19 @@ class TimmEncoder(ImageEncoder):
         return self._spread(self.encode(images).tokens)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Read out what :meth:`forward_features` returned."""
+        """Read out what :meth:`forward_features` returned, as :meth:`forward` does.
+
+        Raises:
+            ValueError: If that is the mean over tokens and patches do not show what a token counts for in it: behind
+                reducers that drop patches, share them out, or give them other weights.
+        """
+        if self.readout == "mean":
+            for reducer in self._all_reducers():
+                if not reducer.counts_patches:
+                    raise ValueError(
+                        f"behind {type(reducer).__name__} a mean over patches is not the mean over tokens that is read "
+                        "out; call the model itself"
+                    )
         pooled = x[:, 0] if self.readout == "class" else x[:, self.num_prefix :].mean(1)
         return pooled if pre_logits else self.head(pooled)
 

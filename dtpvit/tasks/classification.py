@@ -65,6 +65,7 @@ class Classification(ImageTask):
         predictor_lr_scale: Learning rate of the reducers over that of the head.
         compression_warmup: Steps over which the reducers go from keeping everything to their target, compression
             linearly, a keep rate along half a cosine.
+        compression_delay: Steps before those, in which everything is kept.
         label_smoothing: Share of the target spread over all classes.
         binary_cross_entropy: Each class a question of its own (Wightman et al., "ResNet strikes back", 2021).
         mixing: Mixup, CutMix and random erasing, arguments of :class:`dtpvit.tasks.mixing.Mixing`.
@@ -95,6 +96,7 @@ class Classification(ImageTask):
         layer_decay: float = 1.0,
         predictor_lr_scale: float = 1.0,
         compression_warmup: int = 0,
+        compression_delay: int = 0,
         label_smoothing: float = 0.0,
         binary_cross_entropy: bool = False,
         mixing: MixingOptions | None = None,
@@ -116,7 +118,7 @@ class Classification(ImageTask):
         self.prepare(built.mean, built.std, max_nonfinite)
         self.mixing = with_options(Mixing, mixing, num_classes, smoothing=label_smoothing)
         check_options(self.hparams)
-        self.compression = CompressionWarmup(self.model, compression_warmup)
+        self.compression = CompressionWarmup(self.model, compression_warmup, compression_delay)
         smoothing = 0.0 if self.mixing.mixup is not None else label_smoothing  # mixed targets are smoothed already
         self.loss: nn.Module = nn.CrossEntropyLoss(label_smoothing=smoothing)
         if binary_cross_entropy:

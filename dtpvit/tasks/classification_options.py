@@ -27,7 +27,7 @@ def check_options(options: Mapping[str, Any]) -> None:
         raise UserError(f"label_smoothing is {smoothing}; expected at least 0 and less than 1")
     if not 0 < options["layer_decay"] <= 1:
         raise UserError(f"layer_decay is {options['layer_decay']}; expected more than 0 and at most 1")
-    if mode == "linear_probe" and options["compression_warmup"]:
+    if mode == "linear_probe" and (options["compression_warmup"] or options["compression_delay"]):
         raise UserError("compression_warmup changes the trunk, which linear_probe keeps; use frozen or finetune")
     if mode == "adapt" and (options["mixing"] or teacher is not None):
         raise UserError("adapt learns from the model's own dense output; leave out mixing and teacher")

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import re
 import shlex
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from statistics import median
@@ -23,15 +20,16 @@ from tqdm import tqdm
 from dtpvit.datamodules.labelled import LabelledLoader
 from dtpvit.datamodules.labelled_index import index_labelled
 from dtpvit.datamodules.real_images import real_images
-from dtpvit.datamodules.transforms import eval_transform
 from dtpvit.encoder import VisionEncoder
 from dtpvit.encoder.reducers import TokenReducer
 from dtpvit.errors import UserError
 from dtpvit.evaluation.agreement import Answers, answers, forward_seconds, outcome
 from dtpvit.evaluation.arguments import chosen_device
 from dtpvit.evaluation.compared_rows import ComparedRow, read_rows
+from dtpvit.evaluation.kept_rows import KeptRows, content_digest
 from dtpvit.evaluation.measuring import machine, speed_ups, versions
 from dtpvit.evaluation.trade_off import ComparedResult, draw, shown, write
+from dtpvit.interop.preprocessing import eval_transform
 from dtpvit.interop.pretrained import Pretrained, load_pretrained
 from dtpvit.interop.reducer_config import reducer_makers
 from dtpvit.tasks.fitting import cross_fitted_answers, fit_reducers, has_to_fit
@@ -57,8 +55,9 @@ def compare(
 ) -> None:
     """Accuracy, cost and speed of a pretrained model with its tokens reduced in several ways, nothing trained.
 
-    Each row is kept in OUT/rows as soon as it is known: the same command goes on where it was stopped. Writes
-    comparison.md, .csv, .json, .png and .svg.
+    Each row is kept in OUT/rows as soon as it is known: the same command goes on where it was stopped, and computes
+    anew what would no longer be the same, of other pixels, weights, arguments or versions. Writes comparison.md, .csv,
+    .json, .png and .svg.
 
     Args:
         reducers: YAML files that map blocks to reducers, such as configs/reducers/tome.yaml, or hold several such rows
@@ -104,11 +103,16 @@ def compare(
     about = {"model": model, "init": init, "images": images, "count": len(pixels), "crop_pct": crop, "fit": fit}
     about |= {"batch_size": batch_size, "rounds": rounds, "seed": seed, "machine": machine(place)}
     about |= {"mean": dense.mean, "std": dense.std, "weights": _stamp(init), "versions": versions()}
+    about |= {"pixels": content_digest(pixels, labels, fitted if isinstance(fitted, Tensor) else None)}
+    kept = KeptRows(folder / "rows", about)
+    count, changes = kept.changes(asked)
+    if count:
+        print(f"dtpvit: {count} rows of an earlier run are computed anew, other than then: {', '.join(changes)}")
     work = _Comparison(dense, pixels, labels, fitted, batch_size, rounds, seed, place)
     results = list[ComparedResult]()
     for row in (bar := tqdm(asked, unit="row", leave=False, disable=None)):
         bar.set_description(row.name)
-        results.append(_kept(folder / "rows", row, about, lambda row=row: work(row, load(row.reducers))))
+        results.append(kept.result(row, lambda row=row: work(row, load(row.reducers))))
     _report(results, {**about, "date": date.today().isoformat()}, folder, len(pixels))
 
 
@@ -156,22 +160,6 @@ def _images(source: str, model: Pretrained, limit: int, crop: float) -> tuple[Te
     if loader.skipped:
         print(f"dtpvit: {loader.skipped} images cannot be read and are left out, the first {loader.broken[:1]}")
     return torch.cat([batch["image"] for batch in batches]), torch.cat([batch["label"] for batch in batches])
-
-
-def _kept(
-    folder: Path, row: ComparedRow, about: dict[str, Any], compute: Callable[[], ComparedResult]
-) -> ComparedResult:
-    """The result of an earlier run that asked for the same, or a new one."""
-    question = json.dumps({**about, "reducers": row.reducers}, sort_keys=True, default=str)
-    key = hashlib.sha256(question.encode()).hexdigest()
-    path = folder / f"{re.sub(r'[^A-Za-z0-9.]+', '-', row.name).strip('-')}-{key[:8]}.json"
-    if path.is_file():
-        return ComparedResult(**json.loads(path.read_text(encoding="utf-8")))
-    found = compute()
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(asdict(found)), encoding="utf-8")
-    partial.replace(path)
-    return found
 
 
 @dataclass

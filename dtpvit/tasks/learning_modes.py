@@ -62,22 +62,24 @@ _LEARNING: dict[str, tuple[str, ...]] = {
 class CompressionWarmup:
     """Moves every reducer from keeping all tokens to its target: compression linearly, a keep rate along half a cosine.
 
-    Keep rates have the curve of EViT (Liang et al. 2022). A function of the step alone, so that a resumed run is where
-    it would have been. Reducers whose rate is their window's (:class:`dtpvit.encoder.reducers.GridPooling`), or a
-    number of tokens, have none to move.
+    Keep rates have the curve of EViT (Liang et al. 2022), which begins after a while at 1. A function of the step
+    alone, so that a resumed run is where it would have been. Reducers whose rate is their window's
+    (:class:`dtpvit.encoder.reducers.GridPooling`), or a number of tokens, have none to move.
 
     Args:
         model: The encoder; its reducers' rates of now are the targets.
-        steps: Optimizer steps until the target; 0 leaves everything as it is.
+        steps: Optimizer steps from keeping all to the target.
+        delay: Optimizer steps before those, which keep all; both 0 leaves everything as it is.
 
     Raises:
         UserError: If there is nothing to move, or a number of steps below 0.
     """
 
-    def __init__(self, model: nn.Module, steps: int) -> None:
-        if steps < 0:
-            raise UserError(f"compression_warmup is {steps}; expected a number of steps, at least 0")
-        self.steps = steps
+    def __init__(self, model: nn.Module, steps: int, delay: int = 0) -> None:
+        for name, value in (("compression_warmup", steps), ("compression_delay", delay)):
+            if value < 0:
+                raise UserError(f"{name} is {value}; expected a number of steps, at least 0")
+        self.steps, self.delay = steps, delay
         self._pooling: list[tuple[BoundaryPooling, float]] = [
             (module, module.compression)
             for module in model.modules()
@@ -86,16 +88,18 @@ class CompressionWarmup:
         self._selecting: list[tuple[TokenSelection, float]] = [
             (module, module.keep) for module in model.modules() if isinstance(module, TokenSelection)
         ]
-        if steps and not self._pooling and not self._selecting:
+        if (steps or delay) and not self._pooling and not self._selecting:
             raise UserError(
-                f"compression_warmup is {steps}, and no reducer has a compression or a keep rate; leave it at 0"
+                f"compression_warmup is {steps}, compression_delay {delay}, and no reducer has a compression or a keep "
+                "rate; leave both at 0"
             )
 
     def set(self, step: int) -> None:
         """Choose the rates of optimizer step ``step``, counted from 0."""
-        if not self.steps:
+        if not self.steps and not self.delay:
             return
-        progress = min(1.0, step / self.steps)
+        past = step - self.delay
+        progress = 0.0 if past < 0 else min(1.0, past / self.steps) if self.steps else 1.0
         for reducer, target in self._pooling:
             reducer.compression = 1 + (target - 1) * progress
         for reducer, target in self._selecting:

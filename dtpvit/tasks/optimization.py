@@ -85,7 +85,8 @@ def optimizer_and_schedule(task: lightning.LightningModule, groups: list[dict[st
     """What ``configure_optimizers`` returns: one of timm's optimizers, linear warm-up, half a cosine to the run's end.
 
     Args:
-        task: Of its hyper-parameters: ``optimizer``, ``learning_rate``, ``betas``, ``eps`` and ``warmup_steps``.
+        task: Of its hyper-parameters: ``optimizer``, ``learning_rate``, ``betas``, ``eps`` and ``warmup_steps``, or
+            ``warmup_ratio``, its share of the run.
         groups: Of parameters.
     """
     options = task.hparams
@@ -102,7 +103,9 @@ def optimizer_and_schedule(task: lightning.LightningModule, groups: list[dict[st
     if task.trainer.estimated_stepping_batches == math.inf:
         raise UserError("the schedule needs the end of the run; give --trainer.max_epochs or --trainer.max_steps")
     total = int(task.trainer.estimated_stepping_batches)
-    warmup = min(options["warmup_steps"], total)
+    warmup = (
+        min(options["warmup_steps"], total) if "warmup_steps" in options else round(options["warmup_ratio"] * total)
+    )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_cosine(warmup, total))
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

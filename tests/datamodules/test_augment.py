@@ -12,8 +12,8 @@ from PIL import Image
 from timm.data.transforms_factory import create_transform
 
 from dtpvit.datamodules.augment import Augmentation
-from dtpvit.datamodules.transforms import eval_transform
 from dtpvit.errors import UserError
+from dtpvit.interop.preprocessing import eval_transform
 
 POLICIES = [None, "rand-m9-mstd0.5-inc1", "original", "augmix-m3-w2", "3a"]
 

@@ -9,8 +9,8 @@ from timm.data import ImageNetInfo
 
 from dtpvit.datamodules.labelled import labelled_loader
 from dtpvit.datamodules.labelled_index import index_labelled
-from dtpvit.datamodules.transforms import eval_transform
 from dtpvit.errors import UserError
+from dtpvit.interop.preprocessing import eval_transform
 
 WNIDS = ImageNetInfo().label_names()
 

@@ -15,8 +15,9 @@ from torch import nn
 from dtpvit.datamodules.loader import ResumableLoader
 from dtpvit.datamodules.samples import ImageText
 from dtpvit.datamodules.stream import shard_groups
-from dtpvit.datamodules.transforms import eval_transform, train_transform
+from dtpvit.datamodules.transforms import train_transform
 from dtpvit.errors import UserError
+from dtpvit.interop.preprocessing import eval_transform
 
 pytestmark = [
     # Said by torch of lightning 2.6, but in the name of typing_extensions.

@@ -20,7 +20,8 @@ from dtpvit.datamodules.samples import (
     sample_seed,
 )
 from dtpvit.datamodules.tars import BrokenTar, read_members
-from dtpvit.datamodules.transforms import eval_transform, train_transform
+from dtpvit.datamodules.transforms import train_transform
+from dtpvit.interop.preprocessing import eval_transform
 
 LONG = "a/very/long/path/" * 14
 

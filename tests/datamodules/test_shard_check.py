@@ -16,7 +16,7 @@ from dtpvit.datamodules.shard_check import FOUND, check
 from dtpvit.datamodules.shard_keys import KeysOverShards
 from dtpvit.datamodules.shards import expand_shards
 from dtpvit.datamodules.tars import read_members
-from dtpvit.datamodules.transforms import eval_transform
+from dtpvit.interop.preprocessing import eval_transform
 from dtpvit.errors import UserError
 
 

@@ -9,8 +9,9 @@ from open_clip.transform import image_transform
 from PIL import Image
 from shard_files import shared
 
-from dtpvit.datamodules.transforms import eval_transform, to_pixels, to_rgb, train_transform
+from dtpvit.datamodules.transforms import to_pixels, train_transform
 from dtpvit.errors import UserError
+from dtpvit.interop.preprocessing import eval_transform, to_rgb
 
 NO_MEAN, UNIT_STD = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
 

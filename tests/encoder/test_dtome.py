@@ -2,6 +2,7 @@
 
 import copy
 import socket
+from datetime import timedelta
 
 import pytest
 import torch
@@ -86,6 +87,13 @@ def test_any_prefix_and_any_lengths(num_prefix, lengths):
         assert_merges_like(reducer.eval(), slow_matching(above(threshold)), tokens, keys)
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_a_lone_token_proposes_nothing(training):
+    tokens, keys = random_tokens([1, 1], 0)
+    reducer = DToMe(6, r=2).train(training)
+    assert reducer(tokens, Evidence(keys=keys)).tokens.lengths.tolist() == [1, 1] and not reducer.calibration.steps
+
+
 def test_a_plain_image_loses_more_than_a_busy_one():
     encoder = dtome((9, 9, 9)).train()
     coarse = torch.nn.functional.interpolate(torch.randn(4, 3, 2, 2), size=(48, 48), mode="bilinear")
@@ -141,12 +149,19 @@ def test_micro_batches_have_one_threshold():
 def _rank(rank, folder, port):
     import torch.distributed as dist
 
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    patience = timedelta(seconds=60)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2, timeout=patience)
     scores = torch.load(folder / "scores.pt", weights_only=True)[:, : 5 if rank == 0 else None]
     scores = scores if rank == 0 else scores[:, 5:]
     reducer = DToMe(24, r=2)
     threshold = reducer.set_threshold(scores, scores.shape[1], 1 + rank)
-    torch.save(torch.stack((threshold, reducer.calibration.threshold)), folder / f"{rank}.pt")
+    found = torch.stack((threshold, reducer.calibration.threshold))
+    # A batch with nothing to merge beside one with something: each waits for the other's scores.
+    torch.manual_seed(0)
+    tokens, keys = random_tokens([[2, 2], [9, 9]][rank], 1)
+    other = DToMe(6, r=2).train()
+    left = other(tokens, Evidence(keys=keys)).tokens.lengths
+    torch.save({"found": found, "left": left, "tiny": other.calibration.threshold}, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -159,9 +174,10 @@ def test_ranks_have_one_threshold(tmp_path):
         port = probe.getsockname()[1]
     torch.multiprocessing.spawn(_rank, args=(tmp_path, port), nprocs=2)
     expected = scores[0].sort(descending=True).values[5]  # three images lose two each
-    for rank in range(2):
-        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        assert torch.equal(found, expected.expand(2))
+    found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    assert all(torch.equal(rank["found"], expected.expand(2)) for rank in found)
+    assert found[0]["left"].tolist() == [2, 2] and found[1]["left"].sum() == 10  # all eight merges fall to the second
+    assert torch.equal(found[0]["tiny"], found[1]["tiny"]) and found[0]["tiny"].isfinite()
 
 
 def test_the_cost_is_that_of_the_cosines():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dtpvit.encoder import Layout, Tokens, VisionEncoder
-from dtpvit.encoder.reducers import Evidence, EViT, RandomBoundaries, TopK
+from dtpvit.encoder.reducers import Evidence, EViT, RandomBoundaries, ToMe, TopK
 from dtpvit.evaluation.cost import image_cost
 from dtpvit.interop.create import create_encoder
 
@@ -31,7 +31,7 @@ def slow_selection(x, scores, size, members, keep, num_prefix, fuse):
     groups = [members[place] for place in range(num_prefix)] + [members[place] for place in kept]
     if fuse and gone:
         rows.append(sum(scores[place] * x[place] for place in gone))
-        sizes.append(sum(size[place] for place in gone))
+        sizes.append(1.0)  # one token, whatever went into it
         groups.append([patch for place in gone for patch in members[place]])
     return torch.stack(rows), sizes, groups
 
@@ -102,9 +102,7 @@ def test_any_lengths_sizes_and_keys_with_a_bias(fuse, num_prefix, lengths):
         x, sizes, groups = slow_selection(before.features, own, before.size.tolist(), members, keep, num_prefix, fuse)
         torch.testing.assert_close(after.features, x)
         check_rows(after, sizes, groups)
-        chosen = num_prefix + math.ceil(keep * (len(own) - num_prefix))
-        bias = [math.log(size) if row < chosen else 0.0 for row, size in enumerate(sizes)]
-        torch.testing.assert_close(after.key_bias, torch.tensor(bias))
+        torch.testing.assert_close(after.key_bias, torch.tensor(sizes).log())
     if len(set(lengths)) > 1:
         unknown = Layout(layout.lengths, layout.longest, layout.total, num_prefix)  # the host knows no length
         again = reducer(
@@ -126,6 +124,20 @@ def test_what_was_dropped_stays_dropped_and_is_spread_as_zeros():
         assert not image.unpool()[lost].any() and image.unpool()[~lost].any(dim=1).all()
         assert torch.equal(torch.bincount(image.source[~lost]).float(), image.size[1:])
         assert torch.equal(image.key_bias, image.size.log())  # of the pooling before
+
+
+def test_the_sum_is_one_token_to_whatever_weighs_tokens_later():
+    """To a mean as read-out, and to the merges and the attention of a later reducer that goes by sizes."""
+    images = torch.randn(3, 3, 48, 48)
+    encoding = small({1: EViT(24, keep=0.5)}, readout="mean").eval()(images)
+    for image, pooled in zip(encoding.tokens.split(), encoding.pooled, strict=True):
+        torch.testing.assert_close(pooled, image.features[1:].mean(0))
+        assert image.kept_patches().all()  # all are in some token
+    encoding = small({0: EViT(24, keep=0.5), 1: ToMe(24, r=3)}).eval()(images)
+    for image in encoding.tokens.split():
+        count = (image.lengths - 1).item() + 3
+        assert count == 19 and image.size[1:].sum() == count  # 18 kept, and the sum
+        assert torch.equal(image.key_bias, image.size.log())
 
 
 @pytest.mark.parametrize("score", ["norm", "random"])

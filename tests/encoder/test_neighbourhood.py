@@ -5,7 +5,7 @@ import importlib.util
 import pytest
 import torch
 
-from dtpvit.encoder import Layout, NeighbourhoodEncoder
+from dtpvit.encoder import Layout, NeighbourhoodEncoder, layers
 from dtpvit.encoder.layers import Attention, NeighbourhoodAttention
 from dtpvit.encoder.ops import neighbourhood
 from dtpvit.encoder.ops.neighbourhood import neighbourhood_attention
@@ -119,6 +119,7 @@ MERGING = {
     "after": {"place": "after"},
     "two rounds": {"matching": "two_rounds"},
     "parts": {"matching": "parts", "proportional": False},
+    "published": {"by_size": False, "proportional": False},
 }
 
 
@@ -143,12 +144,30 @@ def test_patches_are_conserved_and_every_parameter_learns(merging):
     encoder = small(merging=merging, layer_scale=0.1, drop_path=0.1)
     encoding = encoder(torch.randn(6, 3, 64, 64))
     assert encoding.tokens.lengths.tolist() == [16] * 6 and encoding.tokens.grid == (4, 4)
+    alike = merging is not None and not merging.get("by_size", True)
     for tokens in encoding.tokens.split():
-        assert torch.equal(torch.bincount(tokens.source, minlength=16).float(), tokens.size)
-        assert tokens.size.sum() == 256
+        members = torch.bincount(tokens.source, minlength=16).float()
+        assert torch.equal(torch.full((16,), 16.0) if alike else members, tokens.size)
+        assert tokens.size.sum() == members.sum() == 256
     (encoding.pooled * torch.randn_like(encoding.pooled)).sum().backward()
     for name, parameter in encoder.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.any(), name
+
+
+def test_as_published_the_read_out_is_the_plain_mean_and_no_attention_has_a_bias(monkeypatch):
+    """Hence NATTEN's kernel, which takes none, is asked for wherever the neighbourhood is not the whole grid."""
+    encoder = small(merging=MERGING["published"], position_bias=False).eval()
+    biases, inner = [], layers.neighbourhood_attention
+
+    def spy(*arguments, **options):
+        biases.extend(options.values())
+        return inner(*arguments, **options)
+
+    monkeypatch.setattr(layers, "neighbourhood_attention", spy)
+    encoding = encoder(torch.randn(2, 3, 64, 64))
+    assert biases == [None] * 8  # two a block
+    expected = encoding.tokens.features.view(2, 16, -1).mean(1)
+    torch.testing.assert_close(encoding.pooled, expected)
 
 
 def test_targets_follow_from_the_seed_of_each_image_in_training():

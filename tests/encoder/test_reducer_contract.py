@@ -121,6 +121,7 @@ REDUCERS = [
     pytest.param(windowed(), id="windowed-tome"),
     pytest.param(windowed(matching="two_rounds"), id="windowed-tome-two-rounds"),
     pytest.param(windowed(matching="parts"), id="windowed-tome-parts"),
+    pytest.param(windowed(by_size=False, proportional=False), id="windowed-tome-published"),
     pytest.param(grouping(), id="grouping"),
     pytest.param(grouping(scope="dense"), id="grouping-dense"),
 ]

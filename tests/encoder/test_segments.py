@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dtpvit.encoder.ops.segments import Segments, pool_segments, segment_ids
+from dtpvit.encoder.ops.segments import Segments, group_sums, pool_segments, segment_ids
 
 
 def einsum_mean(hidden, starts, size):
@@ -126,3 +126,16 @@ def test_unknown_estimator_is_refused():
     hidden, hard, size, opening = pack([4], 0.5, 0)
     with pytest.raises(ValueError, match="expected one of dtp, symmetric, gate"):
         pool_segments(hidden, hard, Segments.of(hard, int(hard.sum()), size, opening), estimator="hope")
+
+
+def test_the_order_in_which_a_device_adds_does_not_show():
+    """Sizes of soft methods are fractions, whose sums in float32 depend on the order, unlike those of whole numbers."""
+    values, group = torch.rand(20_000), torch.randint(7, (20_000,))
+    expected = group_sums(values, group, 7)
+    plain = []
+    for seed in range(20):
+        order = torch.randperm(20_000, generator=torch.Generator().manual_seed(seed))
+        assert torch.equal(group_sums(values[order], group[order], 7), expected)
+        plain.append(torch.zeros(7).index_add_(0, group[order], values[order]))
+    assert any(not torch.equal(one, plain[0]) for one in plain) and expected.dtype == torch.float32
+    torch.testing.assert_close(expected, plain[0])

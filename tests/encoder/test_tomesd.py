@@ -124,15 +124,13 @@ def test_random_destinations_are_one_of_each_cell_and_follow_from_the_seed():
     reducer, features = ToMeSD(8, ratio=0.5, cell=(2, 3), random=True), torch.randn(1, 25, 8)
     for number in range(5):
         drawn = set(grid_destinations((4, 6), (2, 3), torch.device("cpu"), seed=seed[number : number + 1])[0].tolist())
-        few = reducer.train()(tokens(features, (4, 6), seed[number : number + 1]), Evidence()).tokens
+        few = reducer.train(number % 2 == 0)(tokens(features, (4, 6), seed[number : number + 1]), Evidence()).tokens
         groups = slow_groups(features[0, 1:], (4, 6), (2, 3), 0.5, drawn)
         sources = few.source.tolist()
         found = {tuple(sorted(i for i in range(24) if sources[i] == row)) for row in range(12)}
         assert found == {tuple(sorted(group)) for group in groups}
-    plain, same = ToMeSD(8, ratio=0.5, cell=(2, 3)), tokens(features, (4, 6), seed[:1])
-    assert torch.equal(reducer.eval()(same, Evidence()).tokens.source, plain(same, Evidence()).tokens.source)
     with pytest.raises(ValueError, match=r"tokens\.seed"):
-        reducer.train()(tokens(features, (4, 6)), Evidence())
+        reducer(tokens(features, (4, 6)), Evidence())
 
 
 def test_counts_and_costs():

@@ -64,7 +64,8 @@ def slow_groups(keys, size, grid, side, matching, noise):
 @pytest.mark.parametrize("matching", ["random", "two_rounds", "parts"])
 @pytest.mark.parametrize("grid", [(8, 8), (6, 6), (7, 5), (1, 3)], ids=str)
 @pytest.mark.parametrize(("training", "prefix"), [(True, 0), (False, 0), (False, 2)])
-def test_it_equals_the_slow_reference(matching, grid, training, prefix):
+@pytest.mark.parametrize("by_size", [True, False])
+def test_it_equals_the_slow_reference(matching, grid, training, prefix, by_size):
     cells, batch = grid[0] * grid[1], 3
     tokens = Tokens.from_dense(
         torch.randn(batch, prefix + cells, 6), num_prefix=prefix, grid=grid, seed=torch.tensor([3, 1, 4])
@@ -72,7 +73,7 @@ def test_it_equals_the_slow_reference(matching, grid, training, prefix):
     size = torch.where(tokens.layout.prefix, 1.0, torch.randint(1, 5, tokens.size.shape).float())
     tokens = Tokens(tokens.features, tokens.layout, size, tokens.source, tokens.patches, grid, tokens.seed)
     keys = torch.randn(len(tokens.features), 4)
-    reducer = WindowedToMe(6, matching=matching).train(training)
+    reducer = WindowedToMe(6, matching=matching, by_size=by_size, proportional=by_size).train(training)
     found = reducer(tokens, Evidence(keys=keys)).tokens
     coarse = -(-grid[0] // 2), -(-grid[1] // 2)
     assert found.grid == coarse and found.lengths.tolist() == [prefix + coarse[0] * coarse[1]] * batch
@@ -80,14 +81,17 @@ def test_it_equals_the_slow_reference(matching, grid, training, prefix):
         noise = uniform_noise(torch.tensor([3, 1, 4])[image] if training else torch.tensor(0), torch.arange(32))
         if matching == "parts" and not training:
             noise = torch.arange(32)
-        groups = slow_groups(own[prefix:], before.size[prefix:], grid, 4, matching, noise)
+        counted = before.size[prefix:] if by_size else torch.ones(cells)
+        groups = slow_groups(own[prefix:], counted, grid, 4, matching, noise)
         assert sorted(groups) == list(range(coarse[0] * coarse[1]))
         for place, members in groups.items():
-            weight = before.size[prefix:][members]
+            weight = counted[members]
             mean = (before.features[prefix:][members] * weight[:, None]).sum(0) / weight.sum()
             torch.testing.assert_close(after.features[prefix + place], mean)
-            assert after.size[prefix + place] == weight.sum() and (after.source[members] == place).all()
-        assert torch.equal(after.features[:prefix], before.features[:prefix])
+            mine = weight.sum() if by_size else before.size[prefix:].sum() / len(groups)  # or all alike
+            assert after.size[prefix + place] == mine and (after.source[members] == place).all()
+        assert torch.equal(after.features[:prefix], before.features[:prefix]) and (after.size[:prefix] == 1).all()
+        assert (after.key_bias is None) != by_size
 
 
 def test_of_sixteen_tokens_four_are_left_and_each_part_has_its_own_target():
@@ -126,7 +130,7 @@ def test_off_the_grid_and_without_a_seed_it_says_so():
         WindowedToMe(8).train()(unseeded, Evidence(keys=torch.randn(32, 4)))
 
 
-@pytest.mark.parametrize("options", [{"window": 3}, {"window": 0}, {"matching": "all"}])
+@pytest.mark.parametrize("options", [{"window": 3}, {"window": 0}, {"matching": "all"}, {"by_size": False}])
 def test_arguments_out_of_range_are_refused(options):
-    with pytest.raises(ValueError, match="expected"):
+    with pytest.raises(ValueError, match=r"expected|set it to False too"):
         WindowedToMe(8, **options)

@@ -86,6 +86,39 @@ def test_timm_contract_of_the_forward_functions(trunk):
         trunk.forward_intermediates(images, output_fmt="NHWC")
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "agrees"),
+    [
+        ("ToMe", {"r": 5}, True),
+        ("DynamicPooling", {"compression": 3}, True),
+        ("Quadtree", {"thresholds": [8, 8]}, True),
+        ("ToMeSD", {}, True),
+        ("ToDo", {}, True),
+        ("TokenLearner", {"num_tokens": 4, "fuse": True}, True),
+        ("EViT", {"keep": 0.5}, False),
+        ("TopK", {"keep": 0.5}, False),
+        ("DynamicViT", {"keep": 0.5}, False),
+        ("TokenLearner", {"num_tokens": 4}, False),
+        ("SpatialGrouping", {}, False),
+        ("WindowedToMe", {"by_size": False, "proportional": False}, False),
+        ("WindowedToMe", {}, True),
+    ],
+)
+def test_a_mean_of_what_is_spread_is_the_read_out_or_refused(name, options, agrees):
+    vision = {**SMALL, "readout": "mean", "reducers": {1: {"class_path": name, "init_args": options}}}
+    trunk, images = timm.create_model(trunk_name(vision), num_classes=5).eval(), torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        features, expected = trunk.forward_features(images), trunk(images)
+        if agrees:
+            torch.testing.assert_close(trunk.forward_head(features), expected)
+            return
+        assert (trunk.head(features[:, 1:].mean(1)) - expected).abs().max() > 1e-3
+        with pytest.raises(ValueError, match=f"behind {name} a mean over patches"):
+            trunk.forward_head(features)
+        trunk.readout = "class"
+        torch.testing.assert_close(trunk.forward_head(features), trunk(images))
+
+
 def test_intermediates_take_the_same_decisions_as_the_forward_pass():
     random = {"class_path": "RandomBoundaries", "init_args": {"compression": 2}}
     merging = {"class_path": "ToMe", "init_args": {"r": 2}}

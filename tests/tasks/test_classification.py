@@ -262,6 +262,7 @@ def test_two_processes_equal_one(mode, tmp_path):
         ({"cache_features": True}, "mode is 'finetune'; use linear_probe"),
         ({"cache_features": True, "mode": "linear_probe", "mixing": {"mixup": 1.0}}, "leave out mixing and teacher"),
         ({"compression_warmup": 5, "mode": "linear_probe"}, "which linear_probe keeps"),
+        ({"compression_delay": -1}, "compression_delay is -1"),
         ({"compression_warmup": 5, "model": labelled.config(reducers={})}, "no reducer has a compression"),
         ({"mode": "adapt", "model": labelled.config(reducers={})}, "nothing to learn"),
         ({"mode": "adapt", "mixing": {"mixup": 1.0}}, "leave out mixing and teacher"),

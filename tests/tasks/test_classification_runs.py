@@ -127,15 +127,22 @@ class Rates(labelled.L.Callback):
         self.seen.append((trainer.global_step - 1, getattr(module.model.reducers["1"], self.name)))
 
 
+POOLING = {"class_path": "DynamicPooling", "init_args": {"compression": 4}}
+SELECTION = {"class_path": "EViT", "init_args": {"keep": 0.5}}
+
+
 @pytest.mark.parametrize(
-    ("reducer", "name", "expected"),
+    ("reducer", "name", "steps", "expected"),
     [
-        ({"class_path": "DynamicPooling", "init_args": {"compression": 4}}, "compression", [1, 1.75, 2.5, 3.25, 4, 4]),
-        ({"class_path": "EViT", "init_args": {"keep": 0.5}}, "keep", [1, 0.926777, 0.75, 0.573223, 0.5, 0.5]),
+        (POOLING, "compression", (4, 0), [1, 1.75, 2.5, 3.25, 4, 4]),
+        (SELECTION, "keep", (4, 0), [1, 0.926777, 0.75, 0.573223, 0.5, 0.5]),
+        (SELECTION, "keep", (2, 2), [1, 1, 1, 0.75, 0.5, 0.5]),
+        (POOLING, "compression", (0, 4), [1, 1, 1, 1, 4, 4]),
     ],
 )
-def test_rates_approach_their_target_also_after_a_resume(reducer, name, expected, tmp_path):
-    options = {"compression_warmup": 4, "model": labelled.config(reducers={1: reducer})}
+def test_rates_approach_their_target_also_after_a_resume(reducer, name, steps, expected, tmp_path):
+    options = {"compression_warmup": steps[0], "compression_delay": steps[1]}
+    options["model"] = labelled.config(reducers={1: reducer})
     first, second = Rates(name), Rates(name)
     with pytest.raises(labelled.Killed):
         labelled.fit(labelled.task(**options), callbacks=[first, labelled.Stop(tmp_path / "a.ckpt", 2)], max_epochs=2)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import open_clip
@@ -182,6 +183,34 @@ def test_rows_of_other_pixel_statistics_or_weights_are_other_rows(project, insid
     kept = set(tmp_path.glob("rows/*"))
     assert main([*arguments, "--mean", "[0.5,0.5,0.5]"]) == 0
     assert len(set(tmp_path.glob("rows/*")) - kept) == len(kept)
+
+
+def test_rows_of_other_images_or_versions_are_computed_anew_and_it_says_why(
+    project, inside, tmp_path, monkeypatch, capsys
+):
+    """Images of the same names, sizes and dates; the images' names and dates alone change nothing."""
+    shutil.copytree("images", tmp_path / "mine")
+    arguments = command(project, "--rounds", "0", "--out", str(tmp_path), files=["table.yaml"])
+    arguments += ["--images", str(tmp_path / "mine")]
+
+    def rows_and_words():
+        assert main(arguments) == 0
+        return len(list(tmp_path.glob("rows/*"))), capsys.readouterr().out
+
+    count, printed = rows_and_words()
+    assert count == 3 and "anew" not in printed
+    image = tmp_path / "mine" / "a" / "00.png"
+    image.rename(image.with_name("000.png"))
+    image.with_name("000.png").touch()
+    assert rows_and_words()[0] == 3
+    Image.new("RGB", (224, 224)).save(image.with_name("000.png"))
+    count, printed = rows_and_words()
+    assert count == 6 and "3 rows of an earlier run are computed anew, other than then: pixels\n" in printed
+    monkeypatch.setattr("dtpvit.tasks.compare.versions", lambda: {"dtpvit": "0.0.1"})
+    count, printed = rows_and_words()
+    assert count == 9 and "3 rows of an earlier run are computed anew, other than then: versions\n" in printed
+    count, printed = rows_and_words()
+    assert count == 9 and "anew" not in printed
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from dtpvit.encoder.layout import Layout, LengthGroups
 from dtpvit.encoder.ops.rows import take_rows
 
-__all__ = ["class_attention", "cross_attention", "fold_key_bias", "packed_attention"]
+__all__ = ["class_attention", "cross_attention", "fold_if_rounded", "fold_key_bias", "packed_attention"]
 
 
 def packed_attention(
@@ -46,16 +46,8 @@ def packed_attention(
     if _has_varlen_kernel(qkv_T3HE) and not (layout.uniform and key_bias is None):
         q, k, v = qkv_T3HE.unbind(1)
         return _varlen(q, k, v, layout, layout, key_bias, causal)
-    if layout.uniform:
-        mask = None if key_bias is None else key_bias.view(layout.batch, layout.longest)
-        return _dense(qkv_T3HE, layout.batch, layout.longest, mask, causal)
-    # A compiled graph for each combination of groups would help nobody.
-    groups = (None if torch.compiler.is_compiling() else layout.groups) or LengthGroups.single(layout)
-    if torch.is_grad_enabled() and qkv_T3HE.requires_grad:
-        # Padding costs little to compute, but up to three times the tokens if kept for the backward pass.
-        out = checkpoint(_padded, qkv_T3HE, groups, key_bias, causal, use_reentrant=False, preserve_rng_state=False)
-        return out  # pyright: ignore[reportReturnType]
-    return _padded(qkv_T3HE, groups, key_bias, causal)
+    dim, qkv_T3HE, key_bias = qkv_T3HE.shape[-1], *fold_if_rounded(qkv_T3HE, key_bias)
+    return _sdpa(qkv_T3HE, layout, key_bias, causal, dim**-0.5)[..., :dim]
 
 
 def cross_attention(
@@ -73,9 +65,12 @@ def cross_attention(
     Returns:
         Shape (T, H, E).
     """
-    uniform = layout.uniform and key_layout.uniform
+    uniform, dim = layout.uniform and key_layout.uniform, q_THE.shape[-1]
     if _has_varlen_kernel(q_THE) and not (uniform and key_bias is None):
         return _varlen(q_THE, kv_S2HE[:, 0], kv_S2HE[:, 1], layout, key_layout, key_bias, False)
+    if key_bias is not None and _rounds(q_THE):
+        q_THE, *kv = fold_key_bias(q_THE, kv_S2HE[:, 0], kv_S2HE[:, 1], key_bias)
+        kv_S2HE, key_bias = torch.stack(kv, dim=1), None
     if not uniform:
         q_THE = take_rows(q_THE, layout.padded, layout.unpadded)
         kv_S2HE = take_rows(kv_S2HE, key_layout.padded, key_layout.unpadded)
@@ -84,7 +79,7 @@ def cross_attention(
     q = q_THE.unflatten(0, (layout.batch, layout.longest)).transpose(1, 2)
     k, v = kv_S2HE.unflatten(0, (layout.batch, key_layout.longest)).permute(2, 0, 3, 1, 4).unbind(0)
     mask = None if key_bias is None else key_bias.view(layout.batch, key_layout.longest)
-    out = _attend(q, k, v, mask)
+    out = _attend(q, k, v, mask, dim**-0.5)[..., :dim]
     return out if uniform else take_rows(out, layout.unpadded, layout.padded, unread=layout.padding)
 
 
@@ -125,7 +120,7 @@ def class_attention(qkv_T3HE: Tensor, layout: Layout, key_bias: Tensor | None = 
 
 
 def fold_key_bias(q_THE: Tensor, k_SHE: Tensor, v_SHE: Tensor, key_bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Write an additive key bias into the channels, for flash kernels that take no bias.
+    """Write an additive key bias into the channels, for flash kernels and where a mask would round it.
 
     Three channels hold sqrt(E) times the bias, rounded, and its remainders, so that half precision keeps it to
     float32 accuracy; the head is padded with zeros to a multiple of 8. Call the kernel with scale = 1/sqrt(E) of the
@@ -153,19 +148,46 @@ def fold_key_bias(q_THE: Tensor, k_SHE: Tensor, v_SHE: Tensor, key_bias: Tensor)
     return q, k, v
 
 
-def _dense(qkv: Tensor, images: int, length: int, bias: Tensor | None, causal: bool) -> Tensor:
+def fold_if_rounded(qkv_T3HE: Tensor, key_bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Queries, keys and values, and what bias is left for a mask, which half precision would round."""
+    if key_bias is None or not _rounds(qkv_T3HE):
+        return qkv_T3HE, key_bias
+    q, k, v = qkv_T3HE.unbind(1)
+    return torch.stack(fold_key_bias(q, k, v, key_bias), dim=1), None
+
+
+def _rounds(q: Tensor) -> bool:
+    return q.dtype in (torch.bfloat16, torch.float16)
+
+
+def _sdpa(qkv: Tensor, layout: Layout, key_bias: Tensor | None, causal: bool, scale: float) -> Tensor:
+    if layout.uniform:
+        mask = None if key_bias is None else key_bias.view(layout.batch, layout.longest)
+        return _dense(qkv, layout.batch, layout.longest, mask, causal, scale)
+    # A compiled graph for each combination of groups would help nobody.
+    groups = (None if torch.compiler.is_compiling() else layout.groups) or LengthGroups.single(layout)
+    arguments = qkv, groups, key_bias, causal, scale
+    if torch.is_grad_enabled() and qkv.requires_grad:
+        # Padding costs little to compute, but up to three times the tokens if kept for the backward pass.
+        out = checkpoint(_padded, *arguments, use_reentrant=False, preserve_rng_state=False)
+        return out  # pyright: ignore[reportReturnType]
+    return _padded(*arguments)
+
+
+def _dense(qkv: Tensor, images: int, length: int, bias: Tensor | None, causal: bool, scale: float) -> Tensor:
     """Attention over a grid of ``images`` rows of ``length`` cells: (images * length, 3, H, E) to (..., H, E)."""
     q, k, v = qkv.unflatten(0, (images, length)).permute(2, 0, 3, 1, 4).unbind(0)
-    return _attend(q, k, v, bias, causal)
+    return _attend(q, k, v, bias, scale, causal)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool = False) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, causal: bool = False) -> Tensor:
     """Grids of queries, keys and values, each of (B, H, N, E), and a bias (B, N of the keys), to (B * N, H, E)."""
     mask = None if bias is None else bias.to(q.dtype)[:, None, None, :].expand(-1, 1, q.shape[2], -1)
-    return scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal).transpose(1, 2).flatten(0, 1)
+    found = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
+    return found.transpose(1, 2).flatten(0, 1)
 
 
-def _padded(qkv: Tensor, groups: LengthGroups, key_bias: Tensor | None, causal: bool) -> Tensor:
+def _padded(qkv: Tensor, groups: LengthGroups, key_bias: Tensor | None, causal: bool, scale: float) -> Tensor:
     cells = take_rows(qkv, groups.cells, groups.places)
     bias = None
     if not causal:  # there padding lies behind every real token, and the causal mask alone hides it
@@ -178,7 +200,7 @@ def _padded(qkv: Tensor, groups: LengthGroups, key_bias: Tensor | None, causal: 
         start = part.stop
         needed = bias is not None and not (full and key_bias is None)
         mask = bias[part].view(images, length) if bias is not None and needed else None
-        found.append(_dense(cells[part], images, length, mask, causal))
+        found.append(_dense(cells[part], images, length, mask, causal, scale))
     out = found[0] if len(found) == 1 else torch.cat(found)
     return take_rows(out, groups.places, groups.cells, unread=groups.empty)
 

@@ -19,13 +19,15 @@ def best_proposals(metric_BNE: Tensor, frozen_BN: Tensor) -> tuple[Tensor, Tenso
     """What each even cell proposes: its most similar odd cell. Equal scores go to the earlier cell.
 
     Args:
-        metric_BNE: What similarity is the inner product of: unit vectors, for the cosine. At least two cells.
+        metric_BNE: What similarity is the inner product of: unit vectors, for the cosine.
         frozen_BN: Cells that neither propose nor are proposed to: protected tokens, padding.
 
     Returns:
         Similarity to it, -inf for odd cells and wherever there is none, (B, N); and the cell itself, int64, (B, N).
     """
     cells = metric_BNE.shape[1]
+    if cells < 2:
+        return metric_BNE.new_full(frozen_BN.shape, float("-inf")), frozen_BN.to(torch.int64)
     scores = metric_BNE[:, ::2] @ metric_BNE[:, 1::2].transpose(1, 2)
     scores = scores.masked_fill(frozen_BN[:, ::2, None] | frozen_BN[:, None, 1::2], float("-inf"))
     best, partner = scores.max(dim=2)

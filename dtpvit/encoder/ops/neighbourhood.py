@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from dtpvit.encoder.ops.attention import fold_if_rounded
 from dtpvit.encoder.ops.scan import kept_table
 
 __all__ = ["neighbourhood_attention", "neighbours"]
@@ -76,22 +77,24 @@ def neighbourhood_attention(
     Returns:
         Shape (T, H, E).
     """
-    everything = kernel == grid
+    everything, dim = kernel == grid, qkv_T3HE.shape[-1]
     if qkv_T3HE.is_cuda and position_bias is None and key_bias is None and not everything and (fast := _natten()):
         q, k, v = qkv_T3HE.unflatten(0, (-1, *grid)).unbind(3)
         return fast.na2d(q, k, v, kernel_size=kernel, dilation=dilation).flatten(0, 2)
+    qkv_T3HE, key_bias = fold_if_rounded(qkv_T3HE, key_bias)
     tiles = _tiles(grid, kernel, dilation, max(grid) if everything else _TILE, qkv_T3HE.device)
     q, k, v = qkv_T3HE.unflatten(0, (-1, grid[0] * grid[1])).permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, N, E)
     bias = _bias(tiles, position_bias, key_bias)
     if bias is not None:
         bias = bias.to(q.dtype).expand(-1, q.shape[1], -1, -1, -1).flatten(1, 2)
     if everything:  # one tile, in raster order
-        return scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(0, 1)
+        found = scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=dim**-0.5)
+        return found.transpose(1, 2).flatten(0, 1)[..., :dim]
     q = q.index_select(2, tiles.query.flatten()).unflatten(2, tiles.query.shape).flatten(1, 2)  # (B, H X, Q, E)
     k, v = (x.index_select(2, tiles.key.flatten()).unflatten(2, tiles.key.shape).flatten(1, 2) for x in (k, v))
-    found = scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    found = scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=dim**-0.5)
     found = found.unflatten(1, (-1, tiles.query.shape[0])).flatten(2, 3).index_select(2, tiles.place)
-    return found.transpose(1, 2).flatten(0, 1)
+    return found.transpose(1, 2).flatten(0, 1)[..., :dim]
 
 
 class _Tiles(NamedTuple):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dtpvit.encoder.layout import Layout
+from dtpvit.encoder.ops.segments import group_sums
 
 __all__ = ["regress_votes", "vote_targets"]
 
@@ -30,12 +31,11 @@ def vote_targets(votes: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
     """
     free = ~layout.opening
     votes = votes.to(torch.float32).masked_fill(layout.opening, 0.0)
-    count = torch.zeros(layout.batch, device=votes.device).index_add_(0, layout.image, free.to(torch.float32))
-    count = count.clamp(min=1)
-    mean = (torch.zeros_like(count).index_add_(0, layout.image, votes) / count)[layout.image]
+    count = group_sums(free.to(torch.float32), layout.image, layout.batch).clamp(min=1)
+    mean = (group_sums(votes, layout.image, layout.batch) / count)[layout.image]
     logarithm = torch.log((votes / mean.clamp(min=torch.finfo(torch.float32).tiny)).clamp(min=_FLOOR))
     logarithm = logarithm.masked_fill(layout.opening, 0.0)
-    centre = (torch.zeros_like(count).index_add_(0, layout.image, logarithm) / count)[layout.image]
+    centre = (group_sums(logarithm, layout.image, layout.batch) / count)[layout.image]
     return (_GAIN * (logarithm - centre)).masked_fill(layout.opening, 0.0), mean
 
 

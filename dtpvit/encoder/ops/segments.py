@@ -20,6 +20,7 @@ __all__ = [
     "Segments",
     "dtp_vote",
     "gate_vote",
+    "group_sums",
     "pool_segments",
     "segment_ids",
     "spread_rows",
@@ -34,6 +35,15 @@ def segment_ids(starts: Tensor) -> Tensor:
     tensor([0, 0, 1])
     """
     return (starts.detach() > 0.5).to(torch.int64).cumsum(0) - 1
+
+
+def group_sums(values: Tensor, group: Tensor, count: int) -> Tensor:
+    """Sum of the values of each of ``count`` groups, to which no gradient flows: (T,) and int64 (T,) to (S,).
+
+    A CUDA device adds in any order; in float64 the order does not show in the result.
+    """
+    wide = values.detach().double()
+    return wide.new_zeros(count).index_add_(0, group, wide).to(values.dtype)
 
 
 @dataclass(frozen=True)
@@ -73,10 +83,7 @@ class Segments:
         slot = torch.where(starts.detach() > 0.5, ids, count)  # all that begin nothing share the last, unused slot
         begin = places.new_empty(count + 1).scatter_(0, slot, places)[:count]
         line_size = size if order is None else size[order]
-        # In float64 the order in which the device adds does not show in the result.
-        wide = line_size.detach().double()
-        total = wide.new_zeros(count).index_add_(0, ids, wide).to(line_size.dtype)
-        return cls(ids, begin, order, opening, line_size, total)
+        return cls(ids, begin, order, opening, line_size, group_sums(line_size, ids, count))
 
     @classmethod
     def gathered(cls, destination: Tensor, count: int, size: Tensor) -> Segments:
@@ -87,7 +94,7 @@ class Segments:
             count: How many groups there are, none of them empty.
             size: Patches of each token, shape (T,).
         """
-        total = size.new_zeros(count).index_add_(0, destination, size)
+        total = group_sums(size, destination, count)
         members = destination.new_zeros(count).index_add_(0, destination, torch.ones_like(destination))
         begin = members.cumsum(0) - members
         opening = torch.zeros_like(destination, dtype=torch.bool)

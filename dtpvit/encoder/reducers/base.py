@@ -51,7 +51,7 @@ class TokenReducer(nn.Module, ABC):
         needs: What it goes by beside the features. Of its block's attention only a reducer inside the block can know;
             the pixels' entropy comes with the tokens.
         needs_grid: Whether the tokens that come must form a grid.
-        drops: Whether patches may be lost.
+        drops: Whether patches may be lost, or count no more in the size of what they went into.
         averages: Whether a token is the weighted mean of the patches whose source names it.
         soft: Whether a token draws on all patches of its image, so that none is ever handed on as it is; ``source``
             then names the token that draws on a patch most, and sizes are no whole numbers.
@@ -71,6 +71,15 @@ class TokenReducer(nn.Module, ABC):
     holds_rate: bool = True
     draws: Literal["never", "training", "always"] = "never"
     fixed: bool = False
+
+    @property
+    def counts_patches(self) -> bool:
+        """Whether each patch counts once, and in the token that source names.
+
+        The mean of the tokens behind it by size is then the mean of what is spread back to the patches.
+        """
+        restored = self.place in ("attention", "keys")
+        return restored or (not (self.drops or self.soft) and (self.averages or not self.needs_grid))
 
     @abstractmethod
     def forward(self, tokens: Tokens, evidence: Evidence) -> Reduction:

@@ -10,7 +10,7 @@ from torch import Tensor
 from dtpvit.encoder.layout import Layout
 from dtpvit.encoder.ops.exportable import means_by_product
 from dtpvit.encoder.ops.scan import ORDERS, scan_order
-from dtpvit.encoder.ops.segments import ESTIMATORS, Segments, pool_segments
+from dtpvit.encoder.ops.segments import ESTIMATORS, Segments, group_sums, pool_segments
 from dtpvit.encoder.reducers.base import TokenReducer
 from dtpvit.encoder.tokens import Tokens
 
@@ -85,10 +85,10 @@ class BoundaryPooling(TokenReducer):
         weight = tokens.size if weights is None else tokens.size * weights
         segments = Segments.of(starts, pooled_layout.total, weight, layout.opening, order)
         segment = segments.tokens()
-        # Whole numbers, hence exact; also what attention goes by, whatever a token counted for in the mean.
+        # What attention goes by, whatever a token counted for in the mean.
         patches = segments.total
         if weights is not None:
-            patches = tokens.size.new_zeros(pooled_layout.total).index_add_(0, segment, tokens.size)
+            patches = group_sums(tokens.size, segment, pooled_layout.total)
         if torch.compiler.is_exporting():
             features = means_by_product(tokens.features, segments, layout.batch)
         else:

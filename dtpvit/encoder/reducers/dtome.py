@@ -71,7 +71,7 @@ class DToMe(TokenReducer, JointThreshold):
 
     def forward(self, tokens: Tokens, evidence: Evidence) -> Reduction:
         layout = tokens.layout
-        if not self.r or layout.longest - layout.num_prefix < 2:
+        if not self.r:  # the same on every rank; where only this batch has nothing to merge, the others wait for it
             return Reduction(tokens)
         assert evidence.keys is not None
         with torch.autocast(evidence.keys.device.type, enabled=False):

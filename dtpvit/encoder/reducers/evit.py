@@ -29,8 +29,11 @@ class EViT(TokenSelection):
     attention, not renormalised, which counts among the N of later reducers. The sum carries the gradient to the
     attention; the choice has none.
 
-    Meant for a few blocks, ``{"3,6,9": {"class_path": "EViT", "init_args": {"keep": 0.7}}}``. Read out the class token:
-    the sum is no mean, whatever the patches it stands for.
+    The sum is one token among the others, as published: no mean of its patches, which ``source`` still names, it has
+    size 1, so that neither attention in proportion to sizes nor a mean, of later reducers or of the read-out, gives it
+    the weight of those that went into it.
+
+    Meant for a few blocks, ``{"3,6,9": {"class_path": "EViT", "init_args": {"keep": 0.7}}}``.
 
     Args:
         dim: Width of the tokens; unused, so that every reducer is made alike.
@@ -42,6 +45,7 @@ class EViT(TokenSelection):
 
     place = "inside"
     needs = frozenset({"class_attention"})
+    drops = True
     averages = False
 
     def __init__(self, dim: int, *, keep: float) -> None:

@@ -69,6 +69,10 @@ class Quadtree(TokenReducer):
     def output_macs(self, tokens: Tensor, dim: int) -> Tensor:
         return 2 * tokens * dim**2
 
+    @property
+    def counts_patches(self) -> bool:
+        return True
+
     def forward(self, tokens: Tokens, evidence: Evidence) -> Reduction:
         changed = tokens.layout.total - tokens.layout.batch * tokens.num_prefix != tokens.patches.total
         if tokens.grid is None or tokens.pixel_entropy is None or changed:

@@ -47,7 +47,7 @@ def select(tokens: Tokens, scores: Tensor, wanted: Tensor, after: Layout, *, fus
         wanted: Tokens to keep of each image, beside its prefix, int64, shape (B,).
         after: Layout of what is left, which the caller knows on the host.
         fuse: Weight of each token in one more token of its image, the sum of those not kept, behind the others, shape
-            (T,); without it they are dropped.
+            (T,), which counts as one patch, whatever went into it; without it they are dropped.
     """
     layout = tokens.layout
     kept = wanted + layout.num_prefix
@@ -55,21 +55,18 @@ def select(tokens: Tokens, scores: Tensor, wanted: Tensor, after: Layout, *, fus
     rank = rank_per_image(scores.detach(), layout.prefix, layout)
     gone = rank >= limit
     row = after.first[layout.image] + torch.minimum(rank, limit)  # of those that are gone, the row of their sum
-    # Whatever has no row goes into one behind the last, which is cut off.
+    # Whatever has no row of its own goes into one behind the last, which is cut off.
     slot = row.masked_fill(gone, after.total)
     token = torch.arange(layout.total, device=row.device)
     index = slot.new_zeros(after.total + 1).scatter_(0, slot, token)[: after.total]
     features = take_rows(tokens.features, index, row.clamp(max=after.total - 1), unread=gone)
-    destination = row if fuse is not None else row.masked_fill(gone, -1)
-    if fuse is not None:
+    destination, size, bias = row, tokens.size[index], None if tokens.key_bias is None else tokens.key_bias[index]
+    if fuse is None:
+        destination = row.masked_fill(gone, -1)
+    else:
+        fused = after.position == kept[after.image]
         sums = weighted_sums(tokens.features, fuse.masked_fill(~gone, 0.0), layout)
-        features = torch.where((after.position == kept[after.image])[:, None], sums[after.image], features)
-        slot = row
-    # Sums of whole numbers: exact in whatever order the device adds them.
-    size = tokens.size.new_zeros(after.total + 1).index_add_(0, slot, tokens.size)[: after.total]
+        features = torch.where(fused[:, None], sums[after.image], features)
+        size, bias = size.masked_fill(fused, 1.0), None if bias is None else bias.masked_fill(fused, 0.0)
     left = tokens.regrouped(features, destination, after, size, proportional=False)
-    bias = tokens.key_bias
-    if bias is None:
-        return left
-    bias = bias.new_zeros(after.total + 1).index_add_(0, slot, bias.masked_fill(gone, 0.0))[: after.total]
     return replace(left, key_bias=bias)

@@ -84,8 +84,8 @@ class SpatialGrouping(FullPrecision, TokenReducer):
 
     Braso, Osep, Leal-Taixe, "Native Segmentation Vision Transformers", NeurIPS 2025. The groups start from a strided
     convolution; in each of a few rounds, with the same weights, every token shares itself out among the groups by a
-    softmax, and every group adds to itself the normed mean of its shares, then the normed output of an MLP. Prefix tokens
-    take no part. The arithmetic is float32.
+    softmax, and every group adds to itself the normed mean of its shares, then the normed output of an MLP. Prefix
+    tokens take no part. The arithmetic is float32.
 
     A group is no mean of the tokens that ``source`` names, those with their largest share in it; its ``size`` is the
     sum of all shares. The paper's bias for each pair of token and group is here one of where the group lies from the

@@ -10,6 +10,7 @@ from torch import Tensor
 from dtpvit.encoder.evidence import Evidence
 from dtpvit.encoder.layout import Layout
 from dtpvit.encoder.ops.rows import take_rows
+from dtpvit.encoder.ops.segments import group_sums
 from dtpvit.encoder.reducers.base import Reduction, TokenReducer
 from dtpvit.encoder.reducers.merging import merge
 from dtpvit.encoder.tokens import Tokens
@@ -86,7 +87,7 @@ class ToDo(TokenReducer):
             kept = (layout.first[:, None] + torch.cat((head, prefix + middle))).flatten()
             unread = kept[destination] != torch.arange(layout.total, device=kept.device)
             features = take_rows(x, kept, destination, unread=unread)
-        size = tokens.size.new_zeros(after.total).index_add_(0, destination, tokens.size)
+        size = group_sums(tokens.size, destination, after.total)
         return Reduction(tokens.regrouped(features, destination, after, size, proportional=proportional))
 
 

@@ -57,6 +57,10 @@ class TokenLearner(TokenReducer):
     def extra_repr(self) -> str:
         return f"num_tokens={self.num_tokens}, version={self.version!r}"
 
+    @property
+    def counts_patches(self) -> bool:
+        return self.fuser is not None
+
     def macs(self, tokens: Tensor, dim: int, num_heads: int) -> Tensor:
         patches, learned = tokens - 1, self.num_tokens  # beside the class token
         by_mlp = _WIDTH * (dim + learned)

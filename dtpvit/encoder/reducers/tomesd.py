@@ -30,7 +30,7 @@ class ToMeSD(TokenReducer):
         dim: Width of the tokens; unused, so that every reducer is made alike.
         ratio: Tokens to merge away over all patch tokens; all but one of each cell are the most there are.
         cell: Rows and columns of a cell.
-        random: Whether in training a random token of each cell stays, else its first.
+        random: Whether a random token of each cell stays, in evaluation too, as published; else its first.
         proportional: Whether attention weighs a merged token by the patches it stands for, as it does anyway where it
             weighed what comes; published: it does not.
 
@@ -57,10 +57,11 @@ class ToMeSD(TokenReducer):
         if len(cell) != 2 or min(cell) < 1:
             raise ValueError(f"cell is {cell}; expected rows and columns, at least 1")
         self.ratio, self.cell, self.proportional = ratio, (cell[0], cell[1]), proportional
-        self.draws = "training" if random else "never"
+        self.draws = "always" if random else "never"
 
     def extra_repr(self) -> str:
-        return f"ratio={self.ratio}, cell={self.cell}, proportional={self.proportional}"
+        random = self.draws == "always"
+        return f"ratio={self.ratio}, cell={self.cell}, random={random}, proportional={self.proportional}"
 
     def macs(self, tokens: Tensor, dim: int, num_heads: int) -> Tensor:
         patches = tokens - 1  # beside the class token
@@ -69,10 +70,9 @@ class ToMeSD(TokenReducer):
     def forward(self, tokens: Tokens, evidence: Evidence) -> Reduction:
         if tokens.grid is None:
             raise ValueError("merging on a grid needs tokens that form one; put it before reducers that leave none")
-        draws = self.training and self.draws == "training"
-        if draws and tokens.seed is None:
+        if self.draws == "always" and tokens.seed is None:
             raise ValueError("random destinations need tokens.seed, from which those of each image follow")
-        seed = tokens.seed if draws else None
+        seed = tokens.seed if self.draws == "always" else None
         destinations = grid_destinations(tokens.grid, self.cell, tokens.features.device, seed=seed)
         layout, prefix = tokens.layout, tokens.num_prefix
         patches = layout.longest - prefix

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal, get_args
 
 import torch
@@ -37,7 +38,10 @@ class WindowedToMe(TokenReducer):
         matching: ``"random"``: targets anywhere; ``"two_rounds"``: half of the tokens are left after a first round and
             half of these after a second, so that sources meet each other; ``"parts"``: one target in each 2 x 2 part,
             its first in evaluation.
-        proportional: Size-proportional attention in later blocks.
+        by_size: Whether what goes together is averaged by size, and counts by size from then on. Published, between the
+            levels of an encoder trained with it: a plain mean, and every token left counts for as many patches as the
+            others, here and in the read-out.
+        proportional: Size-proportional attention in later blocks; published: none.
 
     Raises:
         ValueError: If an argument is out of range, or the tokens form no grid any more.
@@ -49,16 +53,30 @@ class WindowedToMe(TokenReducer):
     fixed = True
     draws = "training"
 
-    def __init__(self, dim: int, *, window: int = 4, matching: Matching = "random", proportional: bool = True) -> None:
+    def __init__(
+        self,
+        dim: int,
+        *,
+        window: int = 4,
+        matching: Matching = "random",
+        by_size: bool = True,
+        proportional: bool = True,
+    ) -> None:
         super().__init__()
         if window != 1 and (window < 2 or window % 2):
             raise ValueError(f"the window is {window} tokens wide; expected an even number, or 1")
         if matching not in get_args(Matching):
             raise ValueError(f"matching is {matching!r}; expected one of {', '.join(get_args(Matching))}")
+        if proportional and not by_size:
+            raise ValueError(
+                "proportional attention goes by sizes, which by_size=False makes alike; set it to False too"
+            )
         self.window, self.matching, self.proportional = window, matching, proportional
+        self.averages = by_size
 
     def extra_repr(self) -> str:
-        return f"window={self.window}, matching={self.matching!r}, proportional={self.proportional}"
+        options = f"by_size={self.averages}, proportional={self.proportional}"
+        return f"window={self.window}, matching={self.matching!r}, {options}"
 
     def macs(self, tokens: Tensor, dim: int, num_heads: int) -> Tensor:
         return self.patch_macs(tokens - 1, dim, num_heads)  # the class token takes no part
@@ -82,14 +100,19 @@ class WindowedToMe(TokenReducer):
         grid = -(-rows // 2), -(-columns // 2)
         prefix = layout.num_prefix
         after = Layout.uniform_of(layout.batch, prefix + grid[0] * grid[1], prefix, tokens.features.device)
-        keys, size = (x.unflatten(0, (layout.batch, -1))[:, prefix:] for x in (evidence.keys.detach(), tokens.size))
+        weighed = tokens if self.averages else replace(tokens, size=torch.ones_like(tokens.size))
+        keys, size = (x.unflatten(0, (layout.batch, -1))[:, prefix:] for x in (evidence.keys.detach(), weighed.size))
         with torch.autocast(keys.device.type, enabled=False):
             found = self._match(keys[:, windows.cell], size[:, windows.cell], windows, self._noise(tokens))
         coarse = windows.coarse.expand(layout.batch, -1, -1).gather(2, found)
         row = prefix + coarse.flatten(1)[:, windows.place]
         row = torch.cat((torch.arange(prefix, device=row.device).expand(layout.batch, -1), row), dim=1)
         destination = (row + after.first[:, None]).flatten()
-        merged = merge(tokens, destination, after, proportional=self.proportional)
+        merged = merge(weighed, destination, after, proportional=self.proportional)
+        if not self.averages:
+            patches = tokens.size.view(layout.batch, -1)[:, prefix:].sum(1)
+            share = (patches / (after.longest - prefix))[after.image]
+            merged = replace(merged, size=share.masked_fill(after.prefix, 1.0))
         return Reduction(merged.on_grid(grid))
 
     def _noise(self, tokens: Tokens) -> Tensor:

@@ -1,0 +1,59 @@
+"""What a visual language model is judged by while it trains."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torchmetrics import MaxMetric, MeanMetric, Metric, MinMetric, SumMetric
+
+from dtpvit.interop.visual_language import Read
+
+__all__ = ["InstructionValidation"]
+
+
+class InstructionValidation(nn.Module):
+    """Figures of one pass over held-out conversations, summed over all ranks.
+
+    ``loss``: mean over supervised tokens. ``exact``: share of answers of which every token is the most likely one after
+    the true ones before it: for the first answer of a conversation the same as greedy generation's exact match.
+    ``visual_tokens``: of an image. ``cut_tokens``: text tokens that did not fit into ``max_length``.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        metrics: dict[str, Metric] = {name: MeanMetric() for name in ("loss", "exact", "visual_tokens")}
+        metrics |= {"visual_tokens_min": MinMetric(), "visual_tokens_max": MaxMetric(), "cut_tokens": SumMetric()}
+        self.metrics = nn.ModuleDict(metrics)
+
+    def reset(self) -> None:
+        """Forget the last pass."""
+        for metric in self._metrics().values():
+            metric.reset()
+
+    def update(self, read: Read) -> None:
+        """Take in a batch."""
+        metrics = self._metrics()
+        metrics["cut_tokens"].update(read.cut.sum())
+        if len(read.targets):
+            metrics["loss"].update(cross_entropy(read.logits, read.targets, reduction="none"))
+            metrics["exact"].update(exact_answers(read))
+        if read.encoding is not None:
+            tokens = read.encoding.tokens
+            lengths = (tokens.lengths - tokens.num_prefix).to(torch.float32)
+            for name in ("visual_tokens", "visual_tokens_min", "visual_tokens_max"):
+                metrics[name].update(lengths)
+
+    def results(self) -> dict[str, Tensor]:
+        """All figures of the pass, the same on all ranks, which call this together."""
+        return {name: metric.compute() for name, metric in self._metrics().items()}
+
+    def _metrics(self) -> dict[str, Metric]:
+        return {name: metric for name, metric in self.metrics.items() if isinstance(metric, Metric)}
+
+
+def exact_answers(read: Read) -> Tensor:
+    """1 for each answer whose tokens are all the most likely ones, else 0; float32, shape (answers,)."""
+    wrong = (read.logits.argmax(-1) != read.targets).to(torch.float32)
+    answers = int(read.turn[-1]) + 1
+    return (wrong.new_zeros(answers).index_add_(0, read.turn, wrong) == 0).to(torch.float32)
