@@ -11,8 +11,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any, NamedTuple, Protocol
 
-from webdataset.gopen import gopen
-
+from dtpvit.datamodules.remote import RemoteStream
 from dtpvit.datamodules.shards import is_local
 
 __all__ = ["BrokenTar", "Fault", "index_members", "read_members", "scan_shard"]
@@ -45,12 +44,12 @@ def read_members(shard: str) -> Iterator[tuple[str, bytes]]:
     """
     try:
         with ExitStack() as stack:
-            opened: Any = open(shard, "rb", buffering=1 << 20) if is_local(shard) else gopen(shard, "rb")
+            opened: Any = open(shard, "rb", buffering=1 << 20) if is_local(shard) else RemoteStream(shard)
             stream = stack.enter_context(opened)
             if shard.endswith("gz"):
                 stream = stack.enter_context(gzip.GzipFile(fileobj=stream))
             yield from _members(stream)
-    except (OSError, EOFError, ValueError, OverflowError, MemoryError, zlib.error) as error:
+    except (OSError, EOFError, ImportError, ValueError, OverflowError, MemoryError, zlib.error) as error:
         raise BrokenTar(f"{shard}: {error}") from error
 
 

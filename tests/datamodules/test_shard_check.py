@@ -16,8 +16,8 @@ from dtpvit.datamodules.shard_check import FOUND, check
 from dtpvit.datamodules.shard_keys import KeysOverShards
 from dtpvit.datamodules.shards import expand_shards
 from dtpvit.datamodules.tars import read_members
-from dtpvit.interop.preprocessing import eval_transform
 from dtpvit.errors import UserError
+from dtpvit.interop.preprocessing import eval_transform
 
 
 def bomb():
