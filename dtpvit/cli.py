@@ -58,13 +58,18 @@ COMMANDS = {
         "dtpvit.tasks.compare:compare",
         positional=("reducers", "configs/reducers/*.yaml, or tables of several such rows"),
     ),
+    "data get": Command(
+        "fetch the images of an address list, or check ImageNet: NAME [--out DIR] [--yes]",
+        "dtpvit.datamodules.download:get",
+        positional=("name", "cc12m, laion400m or imagenet"),
+    ),
     "data count": Command(
         "how many addresses became usable samples, and why not the rest: SHARDS... [--deep]",
         "dtpvit.datamodules.shard_count:count",
         positional=("shards", "folders, brace lists or globs of .tar shards"),
     ),
     "data check": Command(
-        "decode everything and list what is broken or occurs twice: SHARDS... [--repair DIR] [--json FILE]",
+        "decode all, list what is broken or occurs twice: SHARDS... [--repair DIR] [--json FILE]",
         "dtpvit.datamodules.shard_check:check",
         positional=("shards", "folders, brace lists or globs of .tar shards"),
     ),

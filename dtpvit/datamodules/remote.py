@@ -70,19 +70,20 @@ class RemoteStream:
         self.close()
 
     def _read(self, size: int) -> bytes:
-        if self._stream is None:
-            self._open()
-        data = self._stream.read(size)
+        stream = self._stream if self._stream is not None else self._open()
+        data = stream.read(size)
         if len(data) < size and self.address.startswith("pipe:"):
-            self._stream.close()  # raises if the command failed, which it may tell only now
+            stream.close()  # raises if the command failed, which it may tell only now
         return data
 
-    def _open(self) -> None:
-        self._stream = _opened(self.address)
+    def _open(self) -> Any:
+        """Open, and read past what was read before: not all that is remote can be sought in."""
+        self._stream = stream = _opened(self.address)
         for start in range(0, self._position, _BLOCK):
             wanted = min(_BLOCK, self._position - start)
-            if len(self._stream.read(wanted)) < wanted:
+            if len(stream.read(wanted)) < wanted:
                 raise OSError(f"it is shorter than before: {self._position} bytes had been read")
+        return stream
 
     def _again(self, act: Callable[[], Any]) -> Any:
         """What ``act`` gives, after as many attempts as it needs and there are left."""
@@ -105,7 +106,7 @@ class RemoteStream:
 def _opened(address: str) -> Any:
     if address.startswith("pipe:"):
         return gopen(address, "rb")
-    import fsspec  # with what it imports in turn, only where something is far away
+    from fsspec.core import url_to_fs  # with what it imports in turn, only where something is far away
 
     options: dict[str, Any] = {}
     if address.startswith(("http://", "https://")):
@@ -113,9 +114,10 @@ def _opened(address: str) -> Any:
 
         options["client_kwargs"] = {"timeout": ClientTimeout(sock_connect=_TIMEOUT, sock_read=_TIMEOUT)}
     try:
-        return fsspec.open(address, "rb", block_size=_BLOCK, **options).open()
+        system, path = url_to_fs(address, **options)
     except ImportError:
         return gopen(address, "rb")
+    return system.open(path, "rb", block_size=_BLOCK)
 
 
 def _is_final(error: Exception) -> bool:
