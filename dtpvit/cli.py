@@ -10,79 +10,14 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from dtpvit import __version__
+from dtpvit._commands import COMMANDS
 from dtpvit._shorthands import SHORTHANDS, expand_shorthands, missing_file, options
 from dtpvit.errors import UserError
 
-__all__ = ["main"]
-
-
-class Command(NamedTuple):
-    """One line of the help, and the function behind it; without a target, Lightning's Trainer runs it.
-
-    ``positional`` is the function's parameter that takes the arguments without a name, and its help.
-    """
-
-    summary: str
-    target: str | None = None
-    positional: tuple[str, str] | None = None
-
-
-COMMANDS = {
-    "fit": Command("train, or continue a run: --config FILE [--data DATA] [--init FILE] [--ckpt_path last]"),
-    "validate": Command("validate a checkpoint: --ckpt_path FILE, or --config FILE --ckpt_path last"),
-    "test": Command("the same on the test data"),
-    "predict": Command("run the model over data and hand its outputs to the callbacks of the config"),
-    "tune": Command("find a learning rate or batch size for fit: --config FILE [--find lr|batch_size|both]"),
-    "zeroshot": Command(
-        "zero-shot classification of a checkpoint: --data DATA --checkpoint FILE",
-        "dtpvit.evaluation.zeroshot:zeroshot",
-    ),
-    "cost": Command(
-        "GMACs, images/s, memory, and what became of the FLOPs: MODEL... [--images DATA] [--json FILE]",
-        "dtpvit.evaluation.cost_command:cost",
-        positional=(
-            "models",
-            "names of ours, of open_clip's or of timm's, YAMLs of a task, checkpoints, exported folders",
-        ),
-    ),
-    "adapt": Command(
-        "make a pretrained encoder cheaper, no labels: MODEL --images DIR [--compression C]",
-        "dtpvit.tasks.adapt:adapt",
-        positional=("model", "timm's or open_clip's name of a Vision Transformer"),
-    ),
-    "compare": Command(
-        "ways of reducing the tokens of a pretrained model: FILE... --model MODEL --images DIR [--out DIR]",
-        "dtpvit.tasks.compare:compare",
-        positional=("reducers", "configs/reducers/*.yaml, or tables of several such rows"),
-    ),
-    "data get": Command(
-        "fetch the images of an address list, or check ImageNet: NAME [--out DIR] [--yes]",
-        "dtpvit.datamodules.download:get",
-        positional=("name", "cc12m, laion400m or imagenet"),
-    ),
-    "data count": Command(
-        "how many addresses became usable samples, and why not the rest: SHARDS... [--deep]",
-        "dtpvit.datamodules.shard_count:count",
-        positional=("shards", "folders, brace lists or globs of .tar shards"),
-    ),
-    "data check": Command(
-        "decode all, list what is broken or occurs twice: SHARDS... [--repair DIR] [--json FILE]",
-        "dtpvit.datamodules.shard_check:check",
-        positional=("shards", "folders, brace lists or globs of .tar shards"),
-    ),
-    "data show": Command(
-        "a contact sheet of images with their captions: SHARDS... [--out sheet.png] [--count 48]",
-        "dtpvit.datamodules.contact_sheet:show",
-        positional=("shards", "folders, brace lists or globs of .tar shards"),
-    ),
-    "export": Command(
-        "write a checkpoint as a folder that open_clip loads (--out), or as ONNX (--onnx)",
-        "dtpvit.interop.export:export",
-    ),
-}
+__all__ = ["COMMANDS", "explain", "main"]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -130,8 +65,8 @@ def _dispatch(arguments: list[str]) -> int:
     rest = _with_config_of_run(name, [_underscores(argument) for argument in rest])
     _check_config_files(name, rest)
     _prepare_process()
-    if (target := COMMANDS[name].target) is not None:
-        return _call(name, target, COMMANDS[name].positional, rest)
+    if COMMANDS[name].target is not None:
+        return _call(name, rest)
     elif name == "tune":
         from dtpvit._tune_cli import TuneCLI
 
@@ -172,11 +107,12 @@ def _join_words(arguments: list[str]) -> list[str]:
     return [joined, *arguments[2:]] if joined in COMMANDS else arguments
 
 
-def _call(name: str, target: str, positional: tuple[str, str] | None, arguments: list[str]) -> int:
+def _call(name: str, arguments: list[str]) -> int:
     """Run the function ``module:function``, its signature being the command's options; it may return an exit code."""
     from jsonargparse import ArgumentParser
 
-    module, function = target.split(":")
+    _, target, positional, repeated = COMMANDS[name]
+    module, function = str(target).split(":")
     component = getattr(importlib.import_module(module), function)
     parser = ArgumentParser(
         prog=f"dtpvit {name}", description=(inspect.getdoc(component) or "").split("\n\nArgs:")[0], exit_on_error=False
@@ -187,6 +123,10 @@ def _call(name: str, target: str, positional: tuple[str, str] | None, arguments:
         taken.add(parameter)
         many: dict[str, Any] = {"nargs": "+"} if parameter.endswith("s") else {}
         parser.add_argument(parameter, type=str, metavar=parameter.removesuffix("s").upper(), help=text, **many)
+    if repeated is not None:
+        parameter, text = repeated
+        taken.add(parameter)
+        parser.add_argument(f"--{parameter}", type=str, action="append", metavar="FILE", help=text)
     parser.add_function_arguments(component, as_group=False, skip=taken, fail_untyped=False)
     return component(**parser.parse_args(_switches(component, arguments)).as_dict()) or 0
 

@@ -26,3 +26,13 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip("needs the real data in ../shared/data, which are not part of the repository")
     return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def colour_assistant(tmp_path_factory) -> Path:
+    """Folder of a tiny visual language model that knows three colours, see ``colour_assistant.py``."""
+    from colour_assistant import make_colour_assistant
+
+    folder = tmp_path_factory.mktemp("colour_assistant")
+    make_colour_assistant(folder)
+    return folder

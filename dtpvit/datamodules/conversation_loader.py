@@ -19,12 +19,12 @@ from dtpvit.datamodules.scheduled import Schedule, Substituting
 from dtpvit.interop.chat import Chat
 from dtpvit.interop.preprocessing import EvalTransform
 
-__all__ = ["ConversationLoader", "ConversationSamples", "Encoding", "GroupedSchedule"]
+__all__ = ["ConversationLoader", "ConversationSamples", "GroupedSchedule", "Tokenized"]
 
 _MEGABATCH = 50  # batches that are sorted together, as in transformers
 
 
-class Encoding(NamedTuple):
+class Tokenized(NamedTuple):
     """One piece of a conversation, ready for its batch.
 
     Attributes:
@@ -44,7 +44,7 @@ class Encoding(NamedTuple):
     record: int
 
 
-class ConversationSamples(Substituting[Encoding]):
+class ConversationSamples(Substituting[Tokenized]):
     """Pieces of conversations, tokenized and with their images; picklable, one per worker.
 
     Args:
@@ -84,7 +84,7 @@ class ConversationSamples(Substituting[Encoding]):
         conversation = self._conversations[self.pieces.record[record]]
         return Skipped(conversation.id, cause, ", ".join(dict.fromkeys(place.path for place in conversation.images)))
 
-    def load(self, record: int, epoch: int, repeat: int = 0) -> Encoding:
+    def load(self, record: int, epoch: int, repeat: int = 0) -> Tokenized:
         index = int(self.pieces.record[record])
         conversation, number = self._conversations[index], int(self._conversations.number[index])
         shuffle = f"{self.seed}-{epoch}-{number}" if self._shuffle else None
@@ -99,9 +99,9 @@ class ConversationSamples(Substituting[Encoding]):
         images = [self._transform(decode_image(read_place(conversation.images[image]))) for image in piece.images]
         key = f"{conversation.id}|{number}|{record}"
         seeds = [sample_seed(f"{key}|{image}", epoch, self.seed) for image in piece.images]
-        return Encoding(torch.tensor(ids), torch.tensor(supervised), part, images, seeds, number)
+        return Tokenized(torch.tensor(ids), torch.tensor(supervised), part, images, seeds, number)
 
-    def collate(self, items: Sequence[Encoding]) -> dict[str, Tensor]:
+    def collate(self, items: Sequence[Tokenized]) -> dict[str, Tensor]:
         """{"image": uint8 (M, 3, H, W), "image_seed": int64 (M,), "ids": int64 (B, L), "supervised": bool (B, L),
         "length": int64 (B,), "record": int64 (B,)}, and with ``apart`` "part": int64 (B, L); M images in all, in order.
         """
@@ -216,7 +216,7 @@ class _EachOnce(Dataset[Any]):
     def __len__(self) -> int:
         return len(self._samples)
 
-    def __getitem__(self, record: int) -> Encoding | tuple[int, str]:
+    def __getitem__(self, record: int) -> Tokenized | tuple[int, str]:
         try:
             return self._samples.load(record, 0)
         except SkippedSample as skipped:
@@ -228,8 +228,8 @@ class _Whole:
         self._samples = samples
 
     def __call__(
-        self, items: list[Encoding | tuple[int, str]]
+        self, items: list[Tokenized | tuple[int, str]]
     ) -> tuple[dict[str, Tensor] | None, list[tuple[int, str]]]:
-        whole = [item for item in items if isinstance(item, Encoding)]
-        broken = [item for item in items if not isinstance(item, Encoding)]
+        whole = [item for item in items if isinstance(item, Tokenized)]
+        broken = [item for item in items if not isinstance(item, Tokenized)]
         return self._samples.collate(whole) if whole else None, broken

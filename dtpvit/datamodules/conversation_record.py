@@ -75,7 +75,8 @@ class Conversation:
 def record_id(record: Any, number: int) -> str:
     """The record's own name, else its number in the file."""
     name = record.get("id") if isinstance(record, dict) else None
-    return str(number) if name is None else str(name)
+    # Half a surrogate pair, which JSON can hold, is no text that can be hashed.
+    return str(number) if name is None else str(name).encode("utf-8", "replace").decode()
 
 
 def image_names(record: Any) -> list[str]:

@@ -152,7 +152,7 @@ def _of_file(path: Path, places: ImagePlaces) -> Iterator[tuple[Any, _Where]]:
 
 def _json_list(path: Path) -> list[Any]:
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:
             records = json.load(file)
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): give a .json or .jsonl of conversations.") from None

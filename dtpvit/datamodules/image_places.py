@@ -98,7 +98,7 @@ def read_place(place: Place) -> bytes:
 def _listing(folder: str) -> frozenset[str]:
     try:
         return frozenset(os.listdir(folder))
-    except OSError:
+    except (OSError, ValueError):  # the latter where the name is none that a file can have
         return frozenset()
 
 

@@ -24,7 +24,7 @@ class SkippedReport:
 
     def add(self, data: str, skipped: Iterable[Skipped]) -> None:
         """List records of ``data``."""
-        lines = [json.dumps({"data": data, **one._asdict()}, ensure_ascii=False) for one in skipped]
+        lines = [json.dumps({"data": data, **one._asdict()}) for one in skipped]
         new = [line for line in dict.fromkeys(lines) if line not in self._known]
         if not new:
             return

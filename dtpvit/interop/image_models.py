@@ -98,7 +98,8 @@ def pixel_statistics(vision: Mapping[str, Any]) -> tuple[tuple[float, ...], tupl
     >>> pixel_statistics({"preset": "vit_tiny_patch16_224"})
     ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     """
-    preset = str(vision.get("preset", ""))
+    foreign = (vision.get("encoder") or {}).get("init_args") or {}
+    preset = str(vision.get("preset") or foreign.get("name", ""))
     for name in (preset, re.sub(r"\d+$", "224", preset)):
         known = get_pretrained_cfg(name) if name else None
         if known is not None:

@@ -228,6 +228,41 @@ def test_what_cannot_be_used_is_left_out_counted_and_listed(tmp_path, caplog):
     }  # fmt: skip
 
 
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.sampled_from(["human", "gpt", "<image>", "pictures/0.png", "\ud800", "\0"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["id", "image", "images", "conversations", "messages", "from", "value", "role", "content"]),
+            inner,
+        )
+    ),
+    max_leaves=12,
+)
+
+
+TEXT = st.sampled_from(["a", "<image> b", "\ud83d", "", None, 3])
+TURNS = st.lists(st.fixed_dictionaries({"from": st.sampled_from(["human", "gpt", "bing"]), "value": TEXT}), max_size=4)
+NAMES = st.sampled_from(["pictures/0.png", "\udc00/\0", "gone", "..", "x" * 5000])
+RECORDS = st.fixed_dictionaries(
+    {"conversations": TURNS}, optional={"image": NAMES | st.lists(NAMES, max_size=2), "id": TEXT}
+)
+
+
+@given(record=JSON | RECORDS)
+def test_no_record_ends_a_run(tmp_path_factory, record):
+    folder = tmp_path_factory.getbasetemp() / "fuzz"
+    data = Path(write_json(folder, [llava(0)]))
+    data.write_text(json.dumps([record, llava(0)]))
+    found = read_conversations(str(data))
+    assert found[len(found) - 1].id == "r0" and len(found) + len(found.skipped) == 2
+    assert len(found.limited(1)) == 1
+    SkippedReport(folder / "skipped.jsonl").add(str(data), found.skipped)
+
+
 def test_a_broken_line_of_a_jsonl_is_one_record_less(tmp_path):
     data = write_json(tmp_path, [llava(0), llava(1)], name="train.jsonl")
     Path(data).write_text(Path(data).read_text().replace("\n", '\n{"id":\n\n'))
