@@ -79,7 +79,7 @@ def _pairs(lines: Iterator[str], known: AddressList) -> Iterator[tuple[str, str]
     first = next(lines, "")
     header = first.strip("\r\n").split("\t") == [known.url, known.caption]
     for line in lines if header else chain([first] if first else [], lines):
-        fields = line.rstrip("\r\n").split("\t")
+        fields = line.rstrip("\r\n").replace("\r", " ").split("\t")  # img2dataset's reader ends lines at any \r
         if len(fields) == 2 and not fields[0].startswith("http"):
             fields.reverse()
         address = fields[0].strip()

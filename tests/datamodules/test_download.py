@@ -193,7 +193,7 @@ def test_lines_come_in_either_order_and_quotes_survive(tmp_path, capsys):
         "a caption\thttp://x/2",
         "no address",
         "http://x/3\ta\tb",
-        'http://x/4\t"q"',
+        'http://x/4\t"q"\r.',
     ]
     (tmp_path / "l.tsv").write_text("\n".join(lines))
     source, numbers = prepared_list([tmp_path / "l.tsv"], tmp_path, LISTS["cc12m"], "")
@@ -202,7 +202,7 @@ def test_lines_come_in_either_order_and_quotes_survive(tmp_path, capsys):
         "url\tcaption",
         'http://x/1\t"""half a quotation"',
         "http://x/2\ta caption",
-        'http://x/4\t"""q"""',
+        'http://x/4\t"""q"" ."',
     ]
 
 
