@@ -24,7 +24,7 @@ Shorthands of fit, validate, test, predict and tune:
   --name NAME        the run's folder, runs/NAME (unless given: after --config, --encoder and --reducers)
 
 `dtpvit COMMAND --help` lists all options of a command. DTPVIT_DEBUG=1 shows tracebacks.
-Exit codes: 0 done, 1 a fault of ours, 2 something you can put right, 130 interrupted."""
+Exit codes: 0 done, 1 a fault of ours, 2 something you can put right, 3 bad data, 130 interrupted."""
 
 _LONG = {
     "--data": "--data.init_args.train",

@@ -8,81 +8,20 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from dtpvit import __version__
+from dtpvit._commands import COMMANDS
 from dtpvit._shorthands import SHORTHANDS, expand_shorthands, missing_file, options
 from dtpvit.errors import UserError
 
-__all__ = ["main"]
-
-
-class Command(NamedTuple):
-    """One line of the help, and the function behind it; without a target, Lightning's Trainer runs it.
-
-    ``positional`` is the function's parameter that takes the arguments without a name, and its help; ``repeated`` one
-    whose option may be given several times.
-    """
-
-    summary: str
-    target: str | None = None
-    positional: tuple[str, str] | None = None
-    repeated: tuple[str, str] | None = None
-
-
-COMMANDS = {
-    "fit": Command("train, or continue a run: --config FILE [--data DATA] [--init FILE] [--ckpt_path last]"),
-    "validate": Command("validate a checkpoint: --ckpt_path FILE, or --config FILE --ckpt_path last"),
-    "test": Command("the same on the test data"),
-    "predict": Command("run the model over data and hand its outputs to the callbacks of the config"),
-    "tune": Command("find a learning rate or batch size for fit: --config FILE [--find lr|batch_size|both]"),
-    "zeroshot": Command(
-        "zero-shot classification of a checkpoint: --data DATA --checkpoint FILE",
-        "dtpvit.evaluation.zeroshot:zeroshot",
-    ),
-    "cost": Command(
-        "GMACs, images/s, memory, and what became of the FLOPs: MODEL... [--images DATA] [--json FILE]",
-        "dtpvit.evaluation.cost_command:cost",
-        positional=(
-            "models",
-            "names of ours, of open_clip's or of timm's, YAMLs of a task, checkpoints, exported folders",
-        ),
-    ),
-    "adapt": Command(
-        "make a pretrained encoder cheaper, no labels: MODEL --images DIR [--compression C]",
-        "dtpvit.tasks.adapt:adapt",
-        positional=("model", "timm's or open_clip's name of a Vision Transformer"),
-    ),
-    "compare": Command(
-        "ways of reducing the tokens of a pretrained model: FILE... --model MODEL --images DIR [--out DIR]",
-        "dtpvit.tasks.compare:compare",
-        positional=("reducers", "configs/reducers/*.yaml, or tables of several such rows"),
-    ),
-    "ask": Command(
-        'answers about images: --checkpoint PATH [--image FILE]... "QUESTION"...',
-        "dtpvit.evaluation.ask:ask",
-        positional=("questions", "in quotes; each is asked apart, about all images"),
-        repeated=("image", "a file; several times for several images, in their order"),
-    ),
-    "vqa": Command(
-        "questions of a file: --checkpoint PATH --questions FILE --out FILE [--answers FILE --metric M]",
-        "dtpvit.evaluation.vqa:vqa",
-    ),
-    "score": Command(
-        "answers of a file: --predictions FILE --answers FILE --metric exact|vqa|pope|scienceqa",
-        "dtpvit.evaluation.score:score",
-    ),
-    "export": Command(
-        "write a checkpoint as a folder that open_clip loads (--out), or as ONNX (--onnx)",
-        "dtpvit.interop.export:export",
-    ),
-}
+__all__ = ["COMMANDS", "explain", "main"]
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command and return its exit code: 0, 2 for a mistake of the user, 130 for Ctrl-C.
+    """Run one command and return its exit code: 0, 2 for a mistake of the user, 3 for bad data, 130 for Ctrl-C.
 
     Args:
         argv: The arguments after the program's name; those of this process if None.
@@ -108,10 +47,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _dispatch(arguments: list[str]) -> int:
-    name, *rest = arguments or ["help"]
+    name, *rest = _join_words(arguments or ["help"])
     if name in ("help", "-h", "--help"):
-        if rest and rest[0] in COMMANDS:
-            return _dispatch([rest[0], "--help"])
+        wanted = _join_words(rest)[:1]
+        if wanted and wanted[0] in COMMANDS:
+            return _dispatch([wanted[0], "--help"])
         print(_help())
         return 0
     if name in ("-V", "--version", "version"):
@@ -126,7 +66,7 @@ def _dispatch(arguments: list[str]) -> int:
     _check_config_files(name, rest)
     _prepare_process()
     if COMMANDS[name].target is not None:
-        _call(name, rest)
+        return _call(name, rest)
     elif name == "tune":
         from dtpvit._tune_cli import TuneCLI
 
@@ -161,8 +101,14 @@ def _prepare_process() -> None:
         log.addHandler(_Log())
 
 
-def _call(name: str, arguments: list[str]) -> None:
-    """Run the function ``module:function``, its signature being the command's options."""
+def _join_words(arguments: list[str]) -> list[str]:
+    """``["data", "count", ...]`` -> ``["data count", ...]``, for the commands of two words."""
+    joined = " ".join(arguments[:2])
+    return [joined, *arguments[2:]] if joined in COMMANDS else arguments
+
+
+def _call(name: str, arguments: list[str]) -> int:
+    """Run the function ``module:function``, its signature being the command's options; it may return an exit code."""
     from jsonargparse import ArgumentParser
 
     _, target, positional, repeated = COMMANDS[name]
@@ -182,7 +128,18 @@ def _call(name: str, arguments: list[str]) -> None:
         taken.add(parameter)
         parser.add_argument(f"--{parameter}", type=str, action="append", metavar="FILE", help=text)
     parser.add_function_arguments(component, as_group=False, skip=taken, fail_untyped=False)
-    component(**parser.parse_args(arguments).as_dict())
+    return component(**parser.parse_args(_switches(component, arguments)).as_dict()) or 0
+
+
+def _switches(component: Callable[..., Any], arguments: list[str]) -> list[str]:
+    """Let ``--deep`` stand for ``--deep=true`` where the parameter is a bool."""
+    parameters = inspect.signature(component).parameters.values()
+    switches = {f"--{parameter.name}" for parameter in parameters if parameter.annotation in (bool, "bool")}
+    following = [*arguments[1:], ""]
+    return [
+        f"{argument}=true" if argument in switches and after not in ("true", "false") else argument
+        for argument, after in zip(arguments, following, strict=True)
+    ]
 
 
 def _help() -> str:
@@ -198,6 +155,8 @@ def _help() -> str:
 def _unknown_command(name: str) -> str:
     if name.startswith("-"):
         return f"found the option {name!r} where a command was expected; write `dtpvit COMMAND {name} ...`."
+    if family := [command for command in COMMANDS if command.startswith(f"{name} ")]:
+        return f"{name} is the first word of a command; write one of `dtpvit {'`, `dtpvit '.join(family)}`."
     near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.5)
     advice = f"did you mean `dtpvit {near[0]}`?" if near else "`dtpvit help` lists the commands."
     return f"there is no command {name!r}; {advice}"

@@ -1,10 +1,12 @@
 """The command line: what it prints, what it writes, how it fails and how it goes on."""
 
 import csv
+import io
 import math
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -106,10 +108,28 @@ def test_every_kind_of_command_lists_its_options(command: str, capsys: pytest.Ca
     assert expected[command] in capsys.readouterr().out
 
 
+def test_commands_of_two_words_have_help_and_switches(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["help", "data", "count"], ["data", "count", "--help"]):
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert stop.value.code == 0 and "--deep" in capsys.readouterr().out
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for name in ("a.jpg", "a.txt"):
+            member = tarfile.TarInfo(name)
+            member.size = 1
+            tar.addfile(member, io.BytesIO(b"x"))
+    # One of these numbers was asked for without reading the shards, and cannot be had.
+    for switch, code in ((["--deep"], 0), (["--deep", "true"], 0), (["--deep=true"], 0), (["--deep", "false"], 2)):
+        assert main(["data", "count", *switch, str(tmp_path), "--workers=1"]) == code
+        assert main(["data", "count", str(tmp_path), "--workers", "1", *switch]) == code
+
+
 # Mistakes: one sentence, exit code 2, no traceback
 
 MISTAKES = {
     "command": (["fot"], "did you mean `dtpvit fit`?"),
+    "half of a command": (["data"], "`dtpvit data get`, `dtpvit data count`"),
+    "second half of a command": (["data", "cout"], "`dtpvit data count`"),
     "far from any command": (["xyzzy"], "`dtpvit help`"),
     "option before the command": (["--config", "line.yaml"], "a command was expected"),
     "no config": (["fit", "--data", "points.txt"], "`dtpvit fit --config FILE`"),

@@ -110,4 +110,4 @@ def test_missing_data_is_said_in_one_sentence(name, tmp_path, monkeypatch, capsy
     said = capsys.readouterr().err.strip().splitlines()[-1]
     folder = name.split("_")[0]
     assert f"data/{folder}/README.md" in said and said.startswith("dtpvit: ")
-    assert folder == "flickr8k" or f"run bash data/{folder}/download.sh" in said
+    assert folder == "flickr8k" or f"run dtpvit data get {folder}" in said

@@ -25,7 +25,7 @@ def test_the_ten_lines_run_and_print_what_they_say(capsys):
 
 
 def test_commands_and_configs_exist():
-    for command in re.findall(r"`dtpvit (\w+)[ `]", README):
+    for command in re.findall(r"`dtpvit ((?:data )?\w+)[ `]", README):
         assert command in COMMANDS, command
     for config in re.findall(r"`(?:configs/)?(\w+\.yaml)`", README):
         if config != "config.yaml":

@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from dtpvit.datamodules.tars import BrokenTar, read_members
+from dtpvit.datamodules.tars import Fault, scan_shard
 from dtpvit.datamodules.transforms import TrainTransform, to_pixels
 from dtpvit.interop.preprocessing import EvalTransform, to_rgb
 
@@ -26,8 +26,10 @@ __all__ = [
     "ImageText",
     "RawSample",
     "SkippedSample",
+    "captions_of",
     "decode_image",
     "decode_pixels",
+    "raw_sample",
     "read_samples",
     "sample_seed",
 ]
@@ -95,29 +97,49 @@ def read_samples(shard: str, skip: Callable[[str], None]) -> Iterator[tuple[str,
     which damage begins is not yielded, for it may be incomplete.
     """
     prefix = "/".join(PurePath(shard).parts[-2:]).rsplit(".tar", 1)[0]
-    key, parts, seen = "", {}, set()
-    try:
-        for name, data in read_members(shard):
-            folder, _, file = name.rpartition("/")
-            stem, _, ending = file.lower().partition(".")
-            if not stem or not ending or stem.startswith("__"):
-                continue
-            this = f"{folder}/{file[: len(stem)]}" if folder else file[: len(stem)]
-            if this != key:
-                if parts:
-                    yield f"{prefix}/{key}", parts
-                    seen.add(key)
-                key, parts = this, {}
-            if this in seen or ending in parts:
-                skip("duplicate key")
-            else:
-                parts[ending] = data
-    except BrokenTar as error:
-        _logger.warning("Skipping the rest of a shard: %s", error)
-        skip("unreadable shard")
-        return
-    if parts:
-        yield f"{prefix}/{key}", parts
+    for found in scan_shard(shard):
+        if isinstance(found, Fault):
+            if found.cause == "unreadable shard":
+                _logger.warning("Skipping the rest of a shard: %s", found.where)
+            skip(found.cause)
+        else:
+            key, parts = found
+            yield f"{prefix}/{key}", parts
+
+
+def raw_sample(key: str, parts: dict[str, bytes]) -> RawSample:
+    """Image and caption of a sample's members, undecoded.
+
+    Raises:
+        SkippedSample: If it has no image, or nothing that might hold a caption.
+    """
+    image = next((parts[ending] for ending in IMAGE_ENDINGS if ending in parts), None)
+    text, meta = parts.get("txt"), parts.get("json")
+    if not image:
+        raise SkippedSample("no image")
+    if not text and not meta:
+        raise SkippedSample("no caption")
+    return RawSample(key, image, text, meta)
+
+
+def captions_of(raw: RawSample, captions_field: str | None = "captions") -> list[str]:
+    """The captions among which an epoch chooses: the list ``captions_field`` of the json, or else the one caption.
+
+    Raises:
+        SkippedSample: If there is none, or nothing is written in it.
+    """
+    meta: dict[str, Any] = {}
+    if raw.meta and (not raw.text or (captions_field and f'"{captions_field}"'.encode() in raw.meta)):
+        meta = _load_json(raw.meta)
+    several = meta.get(captions_field) if captions_field else None
+    if isinstance(several, list):
+        several = [caption for caption in several if isinstance(caption, str) and caption.strip()]
+        if several:
+            return several
+    caption = raw.text.decode("utf-8", "replace") if raw.text else meta.get("caption")
+    if not isinstance(caption, str) or not caption.strip():
+        raise SkippedSample("no caption")
+    return [caption]
 
 
 def sample_seed(key: str, epoch: int, seed: int) -> int:
@@ -213,14 +235,12 @@ class ImageText:
     def read(self, shard: str, skip: Callable[[str], None]) -> Iterator[RawSample]:
         """The samples of a shard that have an image and some caption, undecoded."""
         for key, parts in read_samples(shard, skip):
-            image = next((parts[ending] for ending in IMAGE_ENDINGS if ending in parts), None)
-            text, meta = parts.get("txt"), parts.get("json")
-            if not image:
-                skip("no image")
-            elif not text and not meta:
-                skip("no caption")
+            try:
+                raw = raw_sample(key, parts)
+            except SkippedSample as skipped:
+                skip(skipped.cause)
             else:
-                yield RawSample(key, image, text, meta)
+                yield raw
 
     def decode(self, raw: RawSample, epoch: int) -> Decoded:
         """Image, caption and seed of a sample, the same for one epoch wherever and whenever it is decoded.
@@ -229,7 +249,8 @@ class ImageText:
             SkippedSample: If the image is broken or the caption is empty.
         """
         seed = sample_seed(raw.key, epoch, self.seed)
-        caption = self._caption(raw, seed)
+        captions = captions_of(raw, self.captions_field)
+        caption = captions[seed % len(captions)].strip()
         if isinstance(self.transform, TrainTransform):
             image = self.transform(decode_pixels(raw.image, self.transform.min_side), seed)
         else:
@@ -252,21 +273,6 @@ class ImageText:
         if len(known) + len(fresh) <= _CACHED_CAPTIONS:
             known.update(fresh)
         return rows
-
-    def _caption(self, raw: RawSample, seed: int) -> str:
-        meta: dict[str, Any] = {}
-        field_name = self.captions_field
-        if raw.meta and (not raw.text or (field_name and f'"{field_name}"'.encode() in raw.meta)):
-            meta = _load_json(raw.meta)
-        several = meta.get(field_name) if field_name else None
-        if isinstance(several, list):
-            several = [caption for caption in several if isinstance(caption, str) and caption.strip()]
-            if several:
-                return several[seed % len(several)].strip()
-        caption = raw.text.decode("utf-8", "replace") if raw.text else meta.get("caption")
-        if not isinstance(caption, str) or not caption.strip():
-            raise SkippedSample("no caption")
-        return caption.strip()
 
 
 def _load_json(data: bytes) -> dict[str, Any]:

@@ -5,12 +5,22 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import braceexpand
 
 from dtpvit.errors import UserError
 
-__all__ = ["count_samples", "expand_shards", "is_local", "missing_shards", "shard_counts"]
+__all__ = [
+    "count_samples",
+    "expand_shards",
+    "is_local",
+    "missing_shards",
+    "named_shards",
+    "shard_counts",
+    "shard_stats",
+    "shard_stem",
+]
 
 _ENDINGS = (".tar", ".tar.gz", ".tgz")
 _REMOTE = re.compile(r"^([a-z][a-z0-9+.-]+://|pipe:)")
@@ -28,22 +38,63 @@ def expand_shards(spec: str | Sequence[str]) -> list[str]:
     Raises:
         UserError: If a part of ``spec`` names nothing, or a local shard is not there.
     """
+    named = named_shards(spec)
+    shards = [shard for shard, count in zip(named, shard_counts(named), strict=True) if count != 0]
+    if not shards:
+        raise UserError(f"All {len(named)} shards of {spec!r} are empty by their _stats.json; download them again.")
+    return shards
+
+
+def named_shards(spec: str | Sequence[str]) -> list[str]:
+    """What ``expand_shards`` gives, with the shards in which img2dataset stored nothing.
+
+    Raises:
+        UserError: As ``expand_shards`` does.
+    """
     parts = [part for entry in ([spec] if isinstance(spec, str) else spec) for part in entry.split("::")]
     parts = [part.strip() for part in parts if part.strip()]
     if not parts:
         raise UserError(
             f"No shards are named by {spec!r}; give a folder, a glob or a list like '{{00000..00009}}.tar'."
         )
-    named = [shard for part in parts for shard in _expand_part(part)]
-    shards = [shard for shard in dict.fromkeys(named) if _successes(shard) != 0]
-    if not shards:
-        raise UserError(f"All {len(named)} shards of {spec!r} are empty by their _stats.json; download them again.")
-    return shards
+    return list(dict.fromkeys(shard for part in parts for shard in _expand_part(part)))
 
 
 def shard_counts(shards: Sequence[str]) -> list[int | None]:
-    """Samples of each shard by img2dataset's ``_stats.json`` beside it; None where there is none."""
-    return [_successes(shard) for shard in shards]
+    """Samples of each shard by img2dataset's ``_stats.json`` or else a ``sizes.json`` beside it; None without."""
+    folders = {str(Path(shard).parent) for shard in shards if is_local(shard)}
+    sizes = {folder: _load_mapping(Path(folder, "sizes.json")) for folder in folders}
+    counts = list[int | None]()
+    for shard in shards:
+        stats = shard_stats(shard) or {}
+        counts.append(_number(stats.get("successes", sizes.get(str(Path(shard).parent), {}).get(Path(shard).name))))
+    return counts
+
+
+def shard_stats(shard: str) -> dict[str, Any] | None:
+    """What img2dataset's ``_stats.json`` beside a local shard holds; None if it holds no number of ``successes``.
+
+    Its ``count`` of addresses is at least the successes, and its ``status_dict`` holds numbers that sum to it.
+    """
+    stem = shard_stem(shard)
+    if not is_local(shard) or stem == shard:
+        return None
+    stats = _load_mapping(Path(f"{stem}_stats.json"))
+    if (successes := _number(stats.get("successes"))) is None:
+        return None
+    statuses = stats.get("status_dict")
+    numbers = {text: _number(number) or 0 for text, number in statuses.items()} if isinstance(statuses, dict) else {}
+    numbers["success"] = successes
+    count = max(_number(stats.get("count")) or 0, sum(numbers.values()))
+    # img2dataset keeps 100 statuses of a shard at most, and shards of other makers may have none.
+    if rest := count - sum(numbers.values()):
+        numbers["cause not recorded"] = rest
+    return stats | {"count": count, "status_dict": numbers}
+
+
+def shard_stem(shard: str) -> str:
+    """The shard without its ending: ``cc12m/00000`` of ``cc12m/00000.tar``."""
+    return next((shard.removesuffix(ending) for ending in _ENDINGS if shard.endswith(ending)), shard)
 
 
 def count_samples(shards: Sequence[str]) -> int | None:
@@ -97,17 +148,14 @@ def _expand_local(path: Path, part: str) -> list[str]:
     return sorted(found)
 
 
-def _successes(shard: str) -> int | None:
-    """``successes`` of the shard's ``_stats.json``, or None where that file is absent or unreadable."""
-    if not is_local(shard):
-        return None
-    for ending in _ENDINGS:
-        if shard.endswith(ending):
-            stats = Path(shard.removesuffix(ending) + "_stats.json")
-            break
-    else:
-        return None
+def _load_mapping(path: Path) -> dict[str, Any]:
+    """A JSON file's object; {} where it is absent or unreadable."""
     try:
-        return int(json.loads(stats.read_text())["successes"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _number(value: object) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None

@@ -9,13 +9,12 @@ import tarfile
 import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
-from webdataset.gopen import gopen
-
+from dtpvit.datamodules.remote import RemoteStream
 from dtpvit.datamodules.shards import is_local
 
-__all__ = ["BrokenTar", "index_members", "read_members"]
+__all__ = ["BrokenTar", "Fault", "index_members", "read_members", "scan_shard"]
 
 _BLOCK = 512
 _REGULAR = (b"0", b"\0")
@@ -24,6 +23,13 @@ _LONG_NAME, _PAX = b"L", b"x"
 
 class BrokenTar(Exception):
     """The archive cannot be opened, or it is damaged from some point on."""
+
+
+class Fault(NamedTuple):
+    """What is left out of a shard: "duplicate key" and the key, or "unreadable shard" and what is wrong with it."""
+
+    cause: str
+    where: str
 
 
 class _Readable(Protocol):
@@ -38,12 +44,12 @@ def read_members(shard: str) -> Iterator[tuple[str, bytes]]:
     """
     try:
         with ExitStack() as stack:
-            opened: Any = open(shard, "rb", buffering=1 << 20) if is_local(shard) else gopen(shard, "rb")
+            opened: Any = open(shard, "rb", buffering=1 << 20) if is_local(shard) else RemoteStream(shard)
             stream = stack.enter_context(opened)
             if shard.endswith("gz"):
                 stream = stack.enter_context(gzip.GzipFile(fileobj=stream))
             yield from _members(stream)
-    except (OSError, EOFError, ValueError, OverflowError, MemoryError, zlib.error) as error:
+    except (OSError, EOFError, ImportError, ValueError, OverflowError, MemoryError, zlib.error) as error:
         raise BrokenTar(f"{shard}: {error}") from error
 
 
@@ -60,6 +66,36 @@ def index_members(shard: str) -> Iterator[tuple[str, int, int]]:
                     yield member.name, member.offset_data, member.size
     except (tarfile.TarError, OSError, ValueError) as error:
         raise BrokenTar(f"{shard}: {error}") from error
+
+
+def scan_shard(shard: str) -> Iterator[tuple[str, dict[str, bytes]] | Fault]:
+    """Key and members (by lower-case ending) of every sample, neighbours with one key being one; and what is wrong.
+
+    Of members that occur twice the first counts. The sample at which damage begins is not yielded, for it may be
+    incomplete.
+    """
+    key, parts, seen = "", {}, set()
+    try:
+        for name, data in read_members(shard):
+            folder, _, file = name.rpartition("/")
+            stem, _, ending = file.lower().partition(".")
+            if not stem or not ending or stem.startswith("__"):
+                continue
+            this = f"{folder}/{file[: len(stem)]}" if folder else file[: len(stem)]
+            if this != key:
+                if parts:
+                    yield key, parts
+                    seen.add(key)
+                key, parts = this, {}
+            if this in seen or ending in parts:
+                yield Fault("duplicate key", this)
+            else:
+                parts[ending] = data
+    except BrokenTar as error:
+        yield Fault("unreadable shard", str(error))
+        return
+    if parts:
+        yield key, parts
 
 
 def _members(stream: _Readable) -> Iterator[tuple[str, bytes]]:

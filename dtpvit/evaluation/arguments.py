@@ -1,29 +1,10 @@
-"""What the options of an evaluation command name, checked before anything is loaded."""
-
-import os
-from pathlib import Path
+"""The device that an evaluation command is to use, checked before anything is loaded."""
 
 import torch
 
 from dtpvit.errors import UserError
 
-__all__ = ["chosen_device", "output_file"]
-
-
-def output_file(output: str | None) -> Path | None:
-    """The file to write, or None.
-
-    Raises:
-        UserError: If it cannot be written.
-    """
-    if output is None:
-        return None
-    path = Path(output).expanduser()
-    if path.is_dir() or not path.parent.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise UserError(
-            f"The result cannot be written to {output}: give a file in a folder that exists and can be written to."
-        )
-    return path
+__all__ = ["chosen_device"]
 
 
 def chosen_device(name: str) -> torch.device:

@@ -17,11 +17,12 @@ from tqdm import tqdm
 
 from dtpvit.encoder.reducers.calibration import BoundaryCalibration
 from dtpvit.errors import UserError
-from dtpvit.evaluation.arguments import chosen_device, output_file
+from dtpvit.evaluation.arguments import chosen_device
 from dtpvit.evaluation.classifier import Precision
 from dtpvit.evaluation.comparison import Measured, measure_cost
 from dtpvit.evaluation.measuring import machine, versions
 from dtpvit.evaluation.towers import Tower, dense_counterpart, load_tower
+from dtpvit.output_file import output_file
 
 __all__ = ["cost"]
 

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from dtpvit.errors import UserError
-from dtpvit.evaluation.arguments import output_file
 from dtpvit.evaluation.json_rows import read_rows
 from dtpvit.evaluation.vqa_questions import Majority, question_id
 from dtpvit.evaluation.vqa_references import Metric, References
 from dtpvit.evaluation.vqa_summary import Scoring, shown, summarise
+from dtpvit.output_file import output_file
 
 __all__ = ["report", "score", "scoring_of"]
 

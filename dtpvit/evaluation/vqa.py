@@ -11,12 +11,13 @@ from dtpvit.datamodules.image_places import image_places
 from dtpvit.errors import UserError
 from dtpvit.evaluation.answer_file import AnswerFile, fingerprint
 from dtpvit.evaluation.answering import answer_questions
-from dtpvit.evaluation.arguments import chosen_device, output_file
+from dtpvit.evaluation.arguments import chosen_device
 from dtpvit.evaluation.measuring import machine, versions
 from dtpvit.evaluation.score import report, scoring_of
 from dtpvit.evaluation.vqa_questions import read_questions
 from dtpvit.evaluation.vqa_references import Metric
 from dtpvit.interop.assistant import load_assistant
+from dtpvit.output_file import output_file
 
 __all__ = ["vqa"]
 

@@ -15,9 +15,10 @@ from dtpvit.datamodules.labelled import LabelledLoader, check_batching
 from dtpvit.datamodules.labelled_index import index_labelled
 from dtpvit.datamodules.prompts import load_classnames, load_templates
 from dtpvit.errors import UserError
-from dtpvit.evaluation.arguments import chosen_device, output_file
+from dtpvit.evaluation.arguments import chosen_device
 from dtpvit.evaluation.classifier import Precision, build_classifier
 from dtpvit.evaluation.measure import ZeroShotResult, evaluate
+from dtpvit.output_file import output_file
 
 __all__ = ["ZeroShotResult", "build_classifier", "evaluate", "zeroshot"]
 

@@ -18,11 +18,12 @@ from torch import Tensor
 from dtpvit.datamodules.real_images import real_images
 from dtpvit.errors import UserError
 from dtpvit.evaluation.agreement import Outcome, answers, forward_seconds, outcome
-from dtpvit.evaluation.arguments import chosen_device, output_file
+from dtpvit.evaluation.arguments import chosen_device
 from dtpvit.evaluation.equal_cost import merge_to_cost
 from dtpvit.evaluation.measuring import machine
 from dtpvit.interop.preprocessing import eval_transform
 from dtpvit.interop.pretrained import Pretrained, load_pretrained
+from dtpvit.output_file import output_file
 from dtpvit.tasks.adaptation import adapt_encoder
 
 __all__ = ["adapt"]
