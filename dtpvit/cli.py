@@ -4,13 +4,14 @@ import argparse
 import difflib
 import importlib
 import inspect
+import json
 import logging
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 from dtpvit import __version__
 from dtpvit._shorthands import SHORTHANDS, expand_shorthands, missing_file, options
@@ -57,6 +58,11 @@ COMMANDS = {
         "ways of reducing the tokens of a pretrained model: FILE... --model MODEL --images DIR [--out DIR]",
         "dtpvit.tasks.compare:compare",
         positional=("reducers", "configs/reducers/*.yaml, or tables of several such rows"),
+    ),
+    "show": Command(
+        "pictures of which patches became one token: IMAGE... [--checkpoint FILE...] [--model NAME --reducers FILE...]",
+        "dtpvit.evaluation.show:show",
+        positional=("images", "image files, folders of images, or shards"),
     ),
     "export": Command(
         "write a checkpoint as a folder that open_clip loads (--out), or as ONNX (--onnx)",
@@ -161,7 +167,25 @@ def _call(name: str, target: str, positional: tuple[str, str] | None, arguments:
         many: dict[str, Any] = {"nargs": "+"} if parameter.endswith("s") else {}
         parser.add_argument(parameter, type=str, metavar=parameter.removesuffix("s").upper(), help=text, **many)
     parser.add_function_arguments(component, as_group=False, skip=taken, fail_untyped=False)
-    component(**parser.parse_args(arguments).as_dict())
+    component(**parser.parse_args(_gathered(component, arguments)).as_dict())
+
+
+def _gathered(component: Callable[..., Any], arguments: list[str]) -> list[str]:
+    """The arguments, with all values behind an option that takes several texts as one list: ``--reducers A B``."""
+    hints = get_type_hints(component)
+    several = {f"--{name}" for name, hint in hints.items() if hint == list[str] | None}
+    found, values = list[str](), list[str]()
+    for argument in reversed(arguments):
+        if argument in several:
+            one_list = len(values) == 1 and values[0].startswith("[")
+            found += [values[0] if one_list else json.dumps(values[::-1]), argument]
+            values = []
+        elif argument.startswith("-"):
+            found += [*values, argument]
+            values = []
+        else:
+            values.append(argument)
+    return [*values[::-1], *found[::-1]]
 
 
 def _help() -> str:
