@@ -102,12 +102,14 @@ form { position: sticky; top: 0; background: #fffe; padding: .7rem 0; z-index: 1
 label { display: block; max-width: 40rem }
 input { width: 100%; margin: .3rem 0 0 }
 .marks { display: flex; justify-content: space-between; font-size: .85rem; color: #555 }
-.image { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 260px), 1fr)) }
-.image { gap: 1rem; margin: 0 0 2rem; align-items: end }
-figure { margin: 0; max-width: 448px }
+.image { display: grid; grid-template-columns: repeat(auto-fit, minmax(220px, 1fr)); gap: 0 1rem; margin: 0 0 2rem }
+figure { margin: 0 0 1rem; max-width: 448px; display: grid; grid-template-rows: subgrid; grid-row: span 2 }
+h2 { align-self: end }
+@media (max-width: 500px) { .image { grid-template-columns: 1fr 1fr } h2, figcaption { font-size: .8rem } }
 svg { display: block; width: 100% }
 figcaption { font-size: .9rem; color: #333; padding-top: .2rem }
-.ramp { display: inline-block; width: 6rem; height: .8em; background: linear-gradient(to right, RAMP) }
+.ramp { display: inline-block; width: 6rem; height: .8em; vertical-align: middle }
+.ramp { background: linear-gradient(to right, RAMP) }
 [hidden] { display: none }
 </style>
 <h1>HEADING</h1>

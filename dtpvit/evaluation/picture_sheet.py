@@ -136,12 +136,11 @@ def _as_svg(sheet: _Sheet) -> str:
         below = top + panel.size[1] + LINE - 4
         text = panel.caption
         if panel.scale is not None:
-            # Whole letters would need the font's widths: the low end is short.
             text, high_end = panel.scale
-            parts.append(
-                f'<image x="{left + 50}" y="{below - 11}" width="100" height="12" href="{embedded(_ramp())}"/>'
-            )
-            parts.append(f'<text x="{left + 156}" y="{below}" font-size="{LETTERS - 3}">{escape(high_end)}</text>')
+            start = left + round(0.62 * (LETTERS - 3) * len(text)) + 8  # no sans-serif font has wider digits
+            parts.append(f'<image x="{start}" y="{below - 12}" width="100" height="12" href="{embedded(_ramp())}"/>')
+            style = f'font-size="{LETTERS - 3}" fill="#333"'
+            parts.append(f'<text x="{start + 106}" y="{below}" {style}>{escape(high_end)}</text>')
         parts.append(f'<text x="{left}" y="{below}" font-size="{LETTERS - 3}" fill="#333">{escape(text)}</text>')
     return "\n".join([*parts, "</svg>\n"])
 

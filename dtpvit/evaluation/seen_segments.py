@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dtpvit.encoder import ImageEncoder, Tokens, VisionEncoder
+from dtpvit.encoder import Encoding, ImageEncoder, Tokens, VisionEncoder
 from dtpvit.encoder.reducers import Reduction, TokenReducer
 from dtpvit.evaluation.classifier import evaluating
 
@@ -50,7 +50,9 @@ def seen_segments(trunk: ImageEncoder, images: Tensor) -> list[SeenSegments]:
     """
     with evaluating(trunk):
         if not isinstance(trunk, VisionEncoder) or not trunk.reducers:
-            return [_seen(part, trunk.grid_size) for part in ImageEncoder.__call__(trunk, images).tokens.split()]
+            # timm's face of an encoder has another forward.
+            encoding: Encoding = getattr(trunk, "encode", trunk)(images)
+            return [_seen(part, trunk.grid_size) for part in encoding.tokens.split()]
         reductions = trunk.reductions(images)
     heat, heat_of = _first_heat(trunk, reductions)
     last = reductions[max(reductions)][1].tokens.split()

@@ -198,7 +198,7 @@ def heat_colours(values: np.ndarray) -> np.ndarray:
     """Dark to bright for 0 to 1, black for NaN, uint8, shape (..., 3)."""
     place = np.nan_to_num(values, nan=0.0).clip(0, 1) * (len(HEATS) - 1)
     mixed = [np.interp(place, np.arange(len(HEATS)), HEATS[:, channel]) for channel in range(3)]
-    return np.rint(np.stack(mixed, axis=-1)).astype(np.uint8)
+    return np.where(np.isnan(values)[..., None], 0, np.rint(np.stack(mixed, axis=-1))).astype(np.uint8)
 
 
 def segment_colours(source: np.ndarray) -> np.ndarray:

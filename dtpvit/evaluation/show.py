@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -99,7 +100,7 @@ class _Subject:
         """uint8 images, shape (B, 3, H, W), to what became of their patches."""
         if self.order is not None:
             for reducer in _ordered(self.trunk):
-                reducer.order = self.order  # pyright: ignore[reportAttributeAccessIssue]
+                reducer.order = self.order
         mean, std = (255 * torch.tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
         return seen_segments(self.trunk, (pixels - mean) / std)
 
@@ -173,7 +174,7 @@ def _in_orders(subjects: Sequence[_Subject], orders: str | None) -> list[_Subjec
     ]
 
 
-def _ordered(trunk: ImageEncoder) -> list[torch.nn.Module]:
+def _ordered(trunk: ImageEncoder) -> list[Any]:
     """Reducers that read the patches as a line."""
     return [reducer for reducer in trunk.reducers.values() if isinstance(getattr(reducer, "order", None), str)]
 
@@ -191,7 +192,7 @@ def _arrays(pixels: Tensor) -> list[np.ndarray]:
 
 def segments_panel(photo: np.ndarray, seen: SeenSegments, style: Style = "colour", sizes: bool = False) -> Panel:
     """Segments over a photograph, uint8, shape (H, W, 3), with the count of tokens below."""
-    caption = f"{seen.tokens} tokens of {seen.source.size} patches, {seen.compression:.1f}x"
+    caption = f"{seen.tokens} token{'s' * (seen.tokens != 1)} of {seen.source.size} patches, {seen.compression:.1f}x"
     if dropped := int((seen.source < 0).sum()):
         caption += f", {dropped} dropped"
     return Panel(draw_segments(photo, seen, style=style, sizes=sizes), caption)

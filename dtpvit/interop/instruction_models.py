@@ -14,9 +14,9 @@ from torch import Tensor
 
 from dtpvit.errors import UserError
 from dtpvit.interop.chat import Chat, Template
-from dtpvit.interop.image_models import image_model, pixel_statistics, vision_config
+from dtpvit.interop.image_models import ImageClassifier, image_model, pixel_statistics, vision_config
 from dtpvit.interop.language_model import added_adapters, load_language_model, merged
-from dtpvit.interop.loading import difference
+from dtpvit.interop.loading import difference, load_state
 from dtpvit.interop.model_config import model_config
 from dtpvit.interop.visual_language import Select, VisualLanguageModel
 from dtpvit.interop.weight_files import read_checkpoint, state_of
@@ -26,6 +26,7 @@ __all__ = [
     "create_instruction_model",
     "encoder_of",
     "is_instruction",
+    "load_encoder",
     "load_instruction_model",
     "save_instruction_model",
 ]
@@ -129,6 +130,24 @@ def encoder_of(checkpoint: str | Path) -> dict[str, Any]:
         return {"encoder": vision, "mean": options.get("mean") or usual[0], "std": options.get("std") or usual[1]}
     clip = {"mean": list(OPENAI_DATASET_MEAN), "std": list(OPENAI_DATASET_STD)}
     return {"encoder": dict(model_config(model)["vision"]), **clip}
+
+
+def load_encoder(checkpoint: str | Path) -> ImageClassifier:
+    """The image encoder alone of a checkpoint of the instruction task, without classes, in evaluation mode, on the CPU.
+
+    Raises:
+        UserError: If the file cannot be read, or does not hold the weights that it promises.
+    """
+    content = read_checkpoint(checkpoint)
+    options = content["hyper_parameters"]
+    vision = vision_config(options["encoder"])
+    usual = pixel_statistics(vision)
+    model = image_model(vision, 0)
+    state = state_of(content)
+    own = {name.removeprefix("vision."): value for name, value in state.items() if name.startswith("vision.")}
+    load_state(model, own, checkpoint)
+    mean, std = options.get("mean") or usual[0], options.get("std") or usual[1]
+    return ImageClassifier(model.eval(), "custom", tuple(mean), tuple(std))
 
 
 def load_instruction_model(path: str | Path) -> InstructionModel:

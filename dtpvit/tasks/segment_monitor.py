@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,15 @@ __all__ = ["SegmentMonitor"]
 
 
 class SegmentMonitor(Callback):
-    """Draws the segments of the first validation images, and counts those of some more, after validations.
+    """Draws the segments of a few validation images, and counts those of some more, after validations.
 
-    Writes ``pictures/epoch000.png`` and so on into the run's folder: a row an image, then histograms. Loggers that take
-    images (TensorBoard, Weights & Biases) are given the same picture as ``segments/images``, and histograms
-    ``segments/tokens`` of the tokens an image and ``segments/probability`` of what the heat map shows; all loggers the
-    mean ``segments/boundary_rate``, tokens for each patch. Rank zero alone does so, with its own images. Costs a
-    forward pass over ``counted`` images.
+    Writes ``pictures/epoch000.png`` and so on into the run's folder: a row an image, then histograms of the tokens of
+    an image, of what the heat map shows and of the patches of a token. Loggers that take images (TensorBoard, Weights &
+    Biases) are given the same picture as ``segments/images``, and the first two histograms as ``segments/tokens`` and
+    ``segments/probability``; all loggers ``segments/boundary_rate``, tokens for each patch.
+
+    The images are chosen in the first validation, some of every batch, and stay the same. Rank zero alone does all
+    this, with its own images. It costs a forward pass over ``counted`` images, and training takes no notice.
 
     Args:
         every_n_epochs: Epochs from one picture to the next; drawn is only where there is a validation.
@@ -47,6 +50,12 @@ class SegmentMonitor(Callback):
             )
         self.every_n_epochs, self.images, self.counted = every_n_epochs, images, max(images, counted)
         self._pixels = list[Tensor]()  # uint8, shape (3, H, W)
+        self._chosen = False
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget what a sanity check has left, which sees a part of the images."""
+        if not self._chosen:
+            self._pixels.clear()
 
     def on_validation_batch_end(
         self,
@@ -57,20 +66,23 @@ class SegmentMonitor(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Keep the first images that come, once."""
+        """Keep some images of every batch of the first validation."""
         pixels = batch.get("image") if isinstance(batch, dict) else None
-        missing = self.counted - len(self._pixels)
+        missing = 0 if self._chosen else self.counted - len(self._pixels)
         if trainer.is_global_zero and missing and isinstance(pixels, Tensor) and pixels.dtype == torch.uint8:
-            self._pixels += pixels[:missing].cpu()
+            batches = trainer.num_val_batches[dataloader_idx]  # infinite for a stream
+            share = min(missing, max(1, math.ceil(self.counted / batches)))
+            self._pixels += pixels[:: max(1, len(pixels) // share)][:share].cpu()
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw, if it is time to."""
+        self._chosen = not trainer.sanity_checking
         epoch = trainer.current_epoch
         wanted = not trainer.sanity_checking and trainer.state.fn == "fit" and (epoch + 1) % self.every_n_epochs == 0
         if not (wanted and self._pixels and isinstance(pl_module, ImageTask)):
             return
         seen = self._look(trainer, pl_module)
-        picture = sheet_image(*_sheet(self._pixels[: self.images], seen))
+        picture = sheet_image(*_sheet(self._pixels, seen, self.images))
         if not getattr(trainer, "fast_dev_run", False):
             folder = Path(trainer.default_root_dir) / "pictures"
             folder.mkdir(parents=True, exist_ok=True)
@@ -90,24 +102,27 @@ class SegmentMonitor(Callback):
             ]
 
 
-def _sheet(pixels: list[Tensor], seen: list[SeenSegments]) -> tuple[list[str], list[list[Panel]]]:
-    """Titles and rows of panels: the first images, then what all of them come to."""
-    photos = [np.ascontiguousarray(image.permute(1, 2, 0).numpy()) for image in pixels]
+def _sheet(pixels: list[Tensor], seen: list[SeenSegments], images: int) -> tuple[list[str], list[list[Panel]]]:
+    """Titles and rows of panels: so many images at even distances, then what all of them come to."""
+    drawn = np.unique(np.linspace(0, len(pixels) - 1, images).round().astype(int))
+    photos = [np.ascontiguousarray(pixels[place].permute(1, 2, 0).numpy()) for place in drawn]
     hot = seen[0].heat is not None
     titles = ["image", *([seen[0].heat_of] if hot else []), "segments"]
     rows = [
         [Panel(Drawing.of_photo(photo), ""), *([heat_panel(photo, one)] if hot else []), segments_panel(photo, one)]
-        for photo, one in zip(photos, seen, strict=False)
+        for photo, one in zip(photos, (seen[place] for place in drawn), strict=True)
     ]
+    width, height = rows[0][0].size
     counts = np.array([image.tokens for image in seen])
-    caption = f"tokens of {len(seen)} images: {counts.min()} to {counts.max()}, mean {counts.mean():.1f}"
-    shape = photos[0].shape[:2]
-    below = [Panel(draw_histogram(counts, shape), caption)]
+    sizes = np.concatenate([np.unique(image.source[image.source >= 0], return_counts=True)[1] for image in seen])
+    shown = [(counts, f"tokens of {len(seen)} images, rate {_rate(seen):.3f}"), (sizes, "patches of a token")]
     if hot:
-        heats = _heats(seen)
-        below.append(Panel(draw_histogram(heats, shape), f"{seen[0].heat_of}: {heats.min():.2g} to {heats.max():.2g}"))
-    blank = Panel(Drawing.of_photo(np.full((*shape, 3), 255, np.uint8)), f"boundary rate {_rate(seen):.3f}")
-    return titles, [*rows, [*below, blank]]
+        shown.insert(1, (_heats(seen), seen[0].heat_of))
+    below = [
+        Panel(draw_histogram(values, (height, width)), f"{what}: {values.min():.3g} to {values.max():.3g}")
+        for values, what in shown
+    ]
+    return titles, [*rows, below]
 
 
 def _rate(seen: list[SeenSegments]) -> float:
@@ -125,7 +140,7 @@ def _log(logger: Any, picture: np.ndarray, histograms: dict[str, np.ndarray], st
     """Hand picture and histograms to a logger that takes them."""
     filled = {f"segments/{name}": values for name, values in histograms.items() if values.size}
     if hasattr(logger, "log_image"):  # Weights & Biases
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports]
 
         logger.log_image("segments/images", [picture], step=step)
         made = {name: wandb.Histogram(np_histogram=np.histogram(values, 32)) for name, values in filled.items()}
