@@ -46,6 +46,11 @@ COMMANDS = {
         "dtpvit.tasks.compare:compare",
         positional=("reducers", "configs/reducers/*.yaml, or tables of several such rows"),
     ),
+    "show": Command(
+        "pictures of which patches became one token: IMAGE... [--checkpoint FILE...] [--model NAME --reducers FILE...]",
+        "dtpvit.evaluation.show:show",
+        positional=("images", "image files, folders of images, or shards"),
+    ),
     "ask": Command(
         'answers about images: --checkpoint PATH [--image FILE]... "QUESTION"...',
         "dtpvit.evaluation.ask:ask",

@@ -18,7 +18,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 __all__ = ["LineProgress", "RunCheckpoint", "RunLogger", "SaveRun", "StepSeed", "set_aside"]
 
-RECORDS = ("checkpoints", "metrics.csv", "config.yaml", "hparams.yaml", "efficiency.csv", "skipped.jsonl")
+RECORDS = ("checkpoints", "metrics.csv", "config.yaml", "hparams.yaml", "efficiency.csv", "skipped.jsonl", "pictures")
 """What a run writes into its folder; anything else in there is left alone."""
 
 

@@ -4,13 +4,14 @@ import argparse
 import difflib
 import importlib
 import inspect
+import json
 import logging
 import os
 import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from dtpvit import __version__
 from dtpvit._commands import COMMANDS
@@ -128,6 +129,7 @@ def _call(name: str, arguments: list[str]) -> int:
         taken.add(parameter)
         parser.add_argument(f"--{parameter}", type=str, action="append", metavar="FILE", help=text)
     parser.add_function_arguments(component, as_group=False, skip=taken, fail_untyped=False)
+    arguments = _gathered(component, arguments, repeated[0] if repeated else None)
     return component(**parser.parse_args(_switches(component, arguments)).as_dict()) or 0
 
 
@@ -140,6 +142,27 @@ def _switches(component: Callable[..., Any], arguments: list[str]) -> list[str]:
         f"{argument}=true" if argument in switches and after not in ("true", "false") else argument
         for argument, after in zip(arguments, following, strict=True)
     ]
+
+
+def _gathered(component: Callable[..., Any], arguments: list[str], apart: str | None) -> list[str]:
+    """The arguments, with all values behind an option that takes several texts as one list: ``--reducers A B``.
+
+    Not behind the option ``apart``, which is given once for each.
+    """
+    hints = get_type_hints(component)
+    several = {f"--{name}" for name, hint in hints.items() if hint == list[str] | None and name != apart}
+    found, values = list[str](), list[str]()
+    for argument in reversed(arguments):
+        if argument in several:
+            one_list = len(values) == 1 and values[0].startswith("[")
+            found += [values[0] if one_list else json.dumps(values[::-1]), argument]
+            values = []
+        elif argument.startswith("-"):
+            found += [*values, argument]
+            values = []
+        else:
+            values.append(argument)
+    return [*values[::-1], *found[::-1]]
 
 
 def _help() -> str:

@@ -21,7 +21,7 @@ def real_images(
     """The first samples of shards, or images spread evenly over a folder and all folders below it.
 
     Args:
-        source: A folder of images, or shards (a folder of tars, a brace list, a glob).
+        source: An image file, a folder of images, or shards (a folder of tars, a brace list, a glob).
         count: How many are wanted; what cannot be read is passed over.
         transform: Brings them to size.
         least: How many will do; None is ``count``.
@@ -33,8 +33,9 @@ def real_images(
         UserError: If fewer are there.
     """
     folder = Path(source).expanduser()
-    files = _image_files(folder) if folder.is_dir() else []
-    other_file = folder.is_file() and folder.suffix not in (".tar", ".gz", ".tgz")
+    is_image = folder.is_file() and _is_image(folder)
+    files = _image_files(folder) if folder.is_dir() else [folder] if is_image else []
+    other_file = folder.is_file() and not is_image and folder.suffix not in (".tar", ".gz", ".tgz")
     if other_file or (folder.is_dir() and not files and not any(folder.rglob("*.tar*"))):
         raise UserError(f"{source} holds neither images nor tar shards; give a folder of images, or shards")
     images, captions = list[Tensor](), list[str]()
@@ -54,7 +55,11 @@ def real_images(
 
 def _image_files(folder: Path) -> list[Path]:
     found = [Path(place) / name for place, _, names in os.walk(folder) for name in names]
-    return sorted(path for path in found if path.suffix.lower().lstrip(".") in IMAGE_ENDINGS)
+    return sorted(path for path in found if _is_image(path))
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower().lstrip(".") in IMAGE_ENDINGS
 
 
 def _from_files(files: list[Path], count: int) -> Iterator[tuple[bytes, str]]:

@@ -15,7 +15,7 @@ from dtpvit.encoder.image_encoder import ImageEncoder, patch_grid
 from dtpvit.encoder.layers import Block, PatchEmbed, resize_position_embedding
 from dtpvit.encoder.layout import BlockLayouts, Layout
 from dtpvit.encoder.ops.entropy import pixel_entropy
-from dtpvit.encoder.reducers.base import TokenReducer
+from dtpvit.encoder.reducers.base import Reduction, TokenReducer
 from dtpvit.encoder.tokens import Tokens
 
 __all__ = ["VisionEncoder"]
@@ -215,6 +215,24 @@ class VisionEncoder(ImageEncoder):
                 return entered.reduction.scores, _patch_tokens(tokens.layout)
             tokens = self._run(entered.rest, entered.tokens)
         raise ValueError(f"block {index} has no reducer")
+
+    @torch.no_grad()
+    def reductions(self, images: Tensor, *, seeds: Tensor | None = None) -> dict[int, tuple[Tokens, Reduction]]:
+        """What came to each reducer and what it handed back, by block: for pictures; an encoding keeps none of it.
+
+        Args:
+            images, seeds: See :meth:`ImageEncoder.forward`.
+        """
+        tokens = self.embed(images, seeds)
+        found: dict[int, tuple[Tokens, Reduction]] = {}
+        for index in range(self.depth):
+            entered = self.enter_block(index, tokens)
+            if entered.reduction is not None:
+                found[index] = tokens, entered.reduction
+            if len(found) == len(self.reducers):
+                break
+            tokens = self._run(entered.rest, entered.tokens)
+        return found
 
     def enter_block(self, index: int, tokens: Tokens, threshold: Tensor | None = None) -> EnteredBlock:
         """Block ``index`` up to and including its reducer; ``threshold`` as in :class:`Evidence`."""

@@ -19,10 +19,10 @@ from dtpvit.encoder import BlockLayouts, DualEncoder, Encoding, ImageEncoder, Vi
 from dtpvit.errors import UserError
 from dtpvit.evaluation.cost import counted_macs, image_cost
 from dtpvit.interop.image_models import ImageClassifier, create_classifier, load_classifier, vision_config
-from dtpvit.interop.instruction_models import is_instruction, load_vision
+from dtpvit.interop.instruction_models import is_instruction, load_encoder
 from dtpvit.interop.loading import LoadedClip, is_classifier, load_clip
 from dtpvit.interop.model_config import NAMES, replaced, trunk_config, with_vision
-from dtpvit.interop.preprocessing import eval_transform
+from dtpvit.interop.preprocessing import aspect_transform, eval_transform
 from dtpvit.interop.timm_models import TRUNKS, TimmEncoder
 from dtpvit.interop.weight_files import read_checkpoint
 
@@ -102,8 +102,9 @@ def load_tower(spec: str) -> Tower:
     """The tower behind a name, a config or a checkpoint.
 
     Args:
-        spec: A name of ours, of open_clip's or of timm's; a YAML of ``dtpvit fit`` or a checkpoint of ours, of either
-            task, a classifier with its head; a folder that ``dtpvit export`` wrote.
+        spec: A name of ours, of open_clip's or of timm's; a YAML of ``dtpvit fit`` or a checkpoint of ours, of any
+            task: a classifier with its head, of a visual language model its encoder; a folder that ``dtpvit export``
+            wrote.
 
     Raises:
         UserError: If it is none of these.
@@ -198,7 +199,10 @@ def _of_checkpoint(spec: str, path: Path) -> Tower:
     if is_classifier(content):
         return _of_classifier(spec, load_classifier(path))
     if is_instruction(content):
-        return _of_classifier(spec, load_vision(path))
+        loaded = load_encoder(path)
+        aspect = content["hyper_parameters"].get("image_aspect", "pad")
+        mode = aspect_transform(32, aspect).resize_mode
+        return replace(_of_classifier(spec, loaded), resize_mode=mode)
     if "model" not in (content.get("hyper_parameters") or {}):
         raise UserError(
             f"checkpoint {path} does not record which model it is; give one of `dtpvit fit`, or the model's name"

@@ -14,13 +14,7 @@ from torch import Tensor
 
 from dtpvit.errors import UserError
 from dtpvit.interop.chat import Chat, Template
-from dtpvit.interop.image_models import (
-    ImageClassifier,
-    create_classifier,
-    image_model,
-    pixel_statistics,
-    vision_config,
-)
+from dtpvit.interop.image_models import ImageClassifier, image_model, pixel_statistics, vision_config
 from dtpvit.interop.language_model import added_adapters, load_language_model, merged
 from dtpvit.interop.loading import difference, load_state
 from dtpvit.interop.model_config import model_config
@@ -32,9 +26,9 @@ __all__ = [
     "create_instruction_model",
     "encoder_of",
     "is_instruction",
+    "load_encoder",
     "load_instruction_model",
     "load_parts",
-    "load_vision",
     "save_instruction_model",
 ]
 
@@ -139,6 +133,24 @@ def encoder_of(checkpoint: str | Path) -> dict[str, Any]:
     return {"encoder": dict(model_config(model)["vision"]), **clip}
 
 
+def load_encoder(checkpoint: str | Path) -> ImageClassifier:
+    """The image encoder alone of a checkpoint of the instruction task, without classes, in evaluation mode, on the CPU.
+
+    Raises:
+        UserError: If the file cannot be read, or does not hold the weights that it promises.
+    """
+    content = read_checkpoint(checkpoint)
+    options = content["hyper_parameters"]
+    vision = vision_config(options["encoder"])
+    usual = pixel_statistics(vision)
+    model = image_model(vision, 0)
+    state = state_of(content)
+    own = {name.removeprefix("vision."): value for name, value in state.items() if name.startswith("vision.")}
+    load_state(model, own, checkpoint)
+    mean, std = options.get("mean") or usual[0], options.get("std") or usual[1]
+    return ImageClassifier(model.eval(), "custom", tuple(mean), tuple(std))
+
+
 def load_instruction_model(path: str | Path) -> InstructionModel:
     """A trained model in evaluation mode, adapters merged, on the CPU.
 
@@ -162,21 +174,6 @@ def load_instruction_model(path: str | Path) -> InstructionModel:
     load_parts(found.model, state, path)
     found.model.language_model = merged(found.model.language_model)
     found.model.eval().requires_grad_(False)
-    return found
-
-
-def load_vision(checkpoint: str | Path) -> ImageClassifier:
-    """The image encoder in a checkpoint of the instruction task, without a head, in evaluation mode, on the CPU.
-
-    Raises:
-        UserError: If the file cannot be read, or does not hold the weights that it promises.
-    """
-    known = encoder_of(checkpoint)
-    found = create_classifier(known["encoder"], 0, known["mean"], known["std"])
-    state = state_of(read_checkpoint(checkpoint))
-    own = {name.removeprefix("vision."): value for name, value in state.items() if name.startswith("vision.")}
-    load_state(found.model, own, checkpoint)
-    found.model.eval()
     return found
 
 

@@ -28,12 +28,15 @@ class Reduction:
         scores: For :meth:`dtpvit.encoder.VisionEncoder.boundary_scores`: what a :class:`JointThreshold` finds its
             threshold in, for instance clean and noisy boundary logits of the tokens that are free to start a segment,
             float32, shape (2, F); None where it finds none.
+        heat: For pictures: gives what the reducer went by, its ``heat_of``, of each token that came, in packed order,
+            float, shape (T,). Nothing is computed until it is called; None where there is nothing, as in training.
     """
 
     tokens: Tokens
     losses: dict[str, Tensor] = field(default_factory=dict)
     scores: Tensor | None = None
     restore: Callable[[Tensor], Tensor] | None = None
+    heat: Callable[[], Tensor] | None = None
 
 
 class TokenReducer(nn.Module, ABC):
@@ -59,6 +62,7 @@ class TokenReducer(nn.Module, ABC):
         holds_rate: Whether the rate asked for is kept from construction on, not only once a loss has pulled it there.
         draws: When it makes random choices, as a function of ``tokens.seed``.
         fixed: Whether images of equal length keep equally many tokens, so that shapes are static.
+        heat_of: What :attr:`Reduction.heat` is, in words; what ends in "probability" lies between 0 and 1.
     """
 
     place: Literal["before", "inside", "attention", "keys"] = "before"
@@ -71,6 +75,7 @@ class TokenReducer(nn.Module, ABC):
     holds_rate: bool = True
     draws: Literal["never", "training", "always"] = "never"
     fixed: bool = False
+    heat_of: str = ""
 
     @property
     def counts_patches(self) -> bool:

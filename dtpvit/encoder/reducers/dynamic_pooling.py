@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -125,6 +126,7 @@ class DynamicPooling(BoundaryPooling, JointThreshold):
         self.noisy = noise and learns and not self.imitate
         self.draws = "training" if self.noisy else "never"
         self.teacher = teacher
+        self.heat_of = "boundary probability" if self.boundary_predictor.learned else "boundary score"
         # A threshold that follows the logits lets them drift; a rate loss holds them in place.
         drifts = learns and rate == "quantile" and not (self.regress or self.imitate)
         self.boundary_baseline = GradientBaseline() if drifts else None
@@ -177,7 +179,10 @@ class DynamicPooling(BoundaryPooling, JointThreshold):
         pooled = self.pool(tokens, starts, order, fixed=fixed, weights=weights)
         if self.boundary_null is not None:
             pooled = _put_in_front(pooled, self.boundary_null)
-        return Reduction(pooled, {**losses, **self._losses(starts, scores, layout)}, joint)
+        heat = None
+        if not (self.training or self.boundary_predictor.decides):
+            heat = partial(self._probability, logits.detach(), order, layout, wanted)
+        return Reduction(pooled, {**losses, **self._losses(starts, scores, layout)}, joint, heat=heat)
 
     def _add_noise(self, logits: Tensor, tokens: Tokens) -> Tensor:
         if not (self.training and self.noisy):
@@ -212,6 +217,17 @@ class DynamicPooling(BoundaryPooling, JointThreshold):
             threshold = self.set_threshold(joint, layout.total - layout.batch * layout.num_prefix, layout.batch)
         threshold = threshold.to(scores)
         return (scores > threshold).to(scores.dtype), threshold if straight else None, joint
+
+    def _probability(self, logits: Tensor, order: Tensor | None, layout: Layout, wanted: Tensor) -> Tensor:
+        """How likely a boundary is under logistic noise, 1/2 where evaluation cuts, packed order, shape (T,)."""
+        cut = torch.zeros_like(logits)
+        if not self.cut_at_half:
+            cut = _cut(logits, top_per_image(logits, layout.opening, layout, wanted - 1), layout)
+        if self.boundary_calibration is not None:
+            threshold = self.boundary_calibration.boundary_threshold.to(logits)
+            cut = torch.where(threshold.isnan(), cut, threshold)
+        found = (logits - cut).sigmoid().masked_fill(layout.opening, 1.0)
+        return found if order is None else torch.empty_like(found).scatter_(0, order, found)
 
     def _taught(self, tokens: Tokens, order: Tensor | None, wanted: Tensor, most: int) -> Tensor:
         """Starts that imitation teaches, in line order, float32, shape (T,)."""

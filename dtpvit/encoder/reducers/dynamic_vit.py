@@ -47,6 +47,7 @@ class DynamicViT(TokenSelection):
     draws = "training"
     drops = True
     masks = True
+    heat_of = "keep probability"
 
     def __init__(self, dim: int, *, keep: float, ratio_weight: float = 2.0, stages: int = 3) -> None:
         super().__init__(keep)
@@ -64,7 +65,7 @@ class DynamicViT(TokenSelection):
         with torch.autocast(tokens.features.device.type, enabled=False):
             stay, go = self.keep_predictor(tokens.features, before.masked_fill(layout.prefix, 0.0), layout).unbind(1)
         if not self.training:
-            return Reduction(self._selected(tokens, stay))
+            return Reduction(self._selected(tokens, stay), heat=stay.detach().exp)
         if tokens.seed is None:
             raise ValueError("training needs tokens.seed, from which the noise of each image follows")
         logits = stay - go + logistic_noise(tokens.seed[layout.image], layout.position).to(stay.dtype)

@@ -47,6 +47,7 @@ class EViT(TokenSelection):
     needs = frozenset({"class_attention"})
     drops = True
     averages = False
+    heat_of = "class attention"
 
     def __init__(self, dim: int, *, keep: float) -> None:
         super().__init__(keep)
@@ -57,7 +58,7 @@ class EViT(TokenSelection):
         assert evidence.class_attention is not None
         wanted, after = _shortened(tokens.layout, self.keep, fuse=True)
         attention = evidence.class_attention
-        return Reduction(select(tokens, attention, wanted, after, fuse=attention))
+        return Reduction(select(tokens, attention, wanted, after, fuse=attention), heat=attention.detach)
 
 
 class TopK(TokenSelection):
@@ -87,6 +88,7 @@ class TopK(TokenSelection):
         self.score: Score = score
         self.needs = frozenset({"class_attention"} if score == "attention" else ())
         self.draws = "always" if score == "random" else "never"
+        self.heat_of = {"attention": "class attention", "norm": "norm of the token", "random": "random score"}[score]
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, score={self.score!r}"
@@ -98,7 +100,8 @@ class TopK(TokenSelection):
         if self.keep == 1:
             return Reduction(tokens)
         wanted, after = _shortened(tokens.layout, self.keep, fuse=False)
-        return Reduction(select(tokens, self._scores(tokens, evidence), wanted, after))
+        scores = self._scores(tokens, evidence)
+        return Reduction(select(tokens, scores, wanted, after), heat=scores.detach)
 
     def _scores(self, tokens: Tokens, evidence: Evidence) -> Tensor:
         if self.score == "attention":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,7 @@ class Quadtree(TokenReducer):
     needs = frozenset({"pixel_entropy"})
     needs_grid = True
     averages = False
+    heat_of = "entropy of the pixels, bits"
     holds_rate = False
 
     def __init__(
@@ -88,7 +90,8 @@ class Quadtree(TokenReducer):
         # Run on every row: to pick those of cells would synchronise once more.
         more = self.mlp(merged.features).to(merged.features.dtype)
         whole = torch.where((merged.size > 1)[:, None], merged.features + more, merged.features)
-        return Reduction(replace(merged, features=whole))
+        heat = partial(tokens.patch_mean, tokens.pixel_entropy[:, 0])
+        return Reduction(replace(merged, features=whole), heat=heat)
 
     def _target(self, entropy: Tensor, grid: tuple[int, int]) -> Tensor:
         """Patch that stands for each patch's cell: entropies (B, N, 3) to raster indices (B, N)."""
