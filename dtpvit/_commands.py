@@ -47,7 +47,7 @@ COMMANDS = {
         positional=("reducers", "configs/reducers/*.yaml, or tables of several such rows"),
     ),
     "show": Command(
-        "pictures of which patches became one token: IMAGE... [--checkpoint FILE...] [--model NAME --reducers FILE...]",
+        "pictures of which patches became one token: IMAGE... [--checkpoint FILE...] [--reducers FILE...]",
         "dtpvit.evaluation.show:show",
         positional=("images", "image files, folders of images, or shards"),
     ),
