@@ -153,9 +153,11 @@ def _gathered(component: Callable[..., Any], arguments: list[str], apart: str | 
     several = {f"--{name}" for name, hint in hints.items() if hint == list[str] | None and name != apart}
     found, values = list[str](), list[str]()
     for argument in reversed(arguments):
-        if argument in several:
+        option, equals, first = argument.partition("=")
+        if option in several:
+            values += [first] if equals else []
             one_list = len(values) == 1 and values[0].startswith("[")
-            found += [values[0] if one_list else json.dumps(values[::-1]), argument]
+            found += [values[0] if one_list else json.dumps(values[::-1]), option]
             values = []
         elif argument.startswith("-"):
             found += [*values, argument]

@@ -21,6 +21,7 @@ __all__ = ["Panel", "embedded", "sheet_image", "write_sheet"]
 SIDE, PATCH = 400, 20  # pixels of a panel's longer side and of a patch, at least
 GAP, MARGIN, LINE = 20, 24, 26
 LETTERS = 20
+LEAST = 360  # pixels of a column, so that captions do not meet
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class _Sheet:
 
     @classmethod
     def of(cls, titles: Sequence[str], rows: Sequence[Sequence[Panel]]) -> _Sheet:
-        widths = [max(max(row[column].size[0] for row in rows), 200) for column in range(len(titles))]
+        widths = [max(LEAST, *(row[column].size[0] for row in rows)) for column in range(len(titles))]
         lefts = [MARGIN + sum(widths[:column]) + column * GAP for column in range(len(titles))]
         lines = [
             textwrap.wrap(title, int(width / (0.56 * LETTERS))) for title, width in zip(titles, widths, strict=True)

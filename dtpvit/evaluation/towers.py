@@ -201,8 +201,8 @@ def _of_checkpoint(spec: str, path: Path) -> Tower:
     if is_instruction(content):
         loaded = load_encoder(path)
         aspect = content["hyper_parameters"].get("image_aspect", "pad")
-        mode = aspect_transform(32, aspect).resize_mode
-        return replace(_of_classifier(spec, loaded), resize_mode=mode)
+        tower = _of_classifier(spec, loaded)
+        return replace(tower, resize_mode=aspect_transform(tower.image_size, aspect).resize_mode)
     if "model" not in (content.get("hyper_parameters") or {}):
         raise UserError(
             f"checkpoint {path} does not record which model it is; give one of `dtpvit fit`, or the model's name"

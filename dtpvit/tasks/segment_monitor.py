@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from torch import Tensor
 
 from dtpvit.errors import UserError
@@ -83,10 +84,11 @@ class SegmentMonitor(Callback):
             return
         seen = self._look(trainer, pl_module)
         picture = sheet_image(*_sheet(self._pixels, seen, self.images))
-        if not getattr(trainer, "fast_dev_run", False):
-            folder = Path(trainer.default_root_dir) / "pictures"
-            folder.mkdir(parents=True, exist_ok=True)
-            picture.save(folder / f"epoch{epoch:03d}.png")
+        if getattr(trainer, "fast_dev_run", False):
+            return
+        folder = Path(trainer.default_root_dir) / "pictures"
+        folder.mkdir(parents=True, exist_ok=True)
+        picture.save(folder / f"epoch{epoch:03d}.png")
         counts = np.array([image.tokens for image in seen])
         heats = _heats(seen)
         for logger in trainer.loggers:
@@ -139,13 +141,13 @@ def _heats(seen: list[SeenSegments]) -> np.ndarray:
 def _log(logger: Any, picture: np.ndarray, histograms: dict[str, np.ndarray], step: int) -> None:
     """Hand picture and histograms to a logger that takes them."""
     filled = {f"segments/{name}": values for name, values in histograms.items() if values.size}
-    if hasattr(logger, "log_image"):  # Weights & Biases
+    if isinstance(logger, WandbLogger):
         import wandb  # pyright: ignore[reportMissingImports]
 
         logger.log_image("segments/images", [picture], step=step)
         made = {name: wandb.Histogram(np_histogram=np.histogram(values, 32)) for name, values in filled.items()}
         logger.log_metrics(made, step=step)
-    elif hasattr(logger.experiment, "add_image"):  # TensorBoard
+    elif isinstance(logger, TensorBoardLogger):
         logger.experiment.add_image("segments/images", picture, step, dataformats="HWC")
         for name, values in filled.items():
             logger.experiment.add_histogram(name, values, step)

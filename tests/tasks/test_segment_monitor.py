@@ -117,7 +117,7 @@ def test_only_rank_zero(tmp_path, monkeypatch):
 
 
 def test_a_trial_run_writes_nothing(tmp_path):
-    fit(SegmentMonitor(), tmp_path, fast_dev_run=True)
+    fit(SegmentMonitor(), tmp_path, fast_dev_run=True, logger=CSVLogger(tmp_path))
     assert not (tmp_path / "pictures").exists()
 
 
