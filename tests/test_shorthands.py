@@ -6,7 +6,10 @@ import pytest
 
 from dtpvit._shorthands import expand_shorthands
 from dtpvit.cli import main
+from dtpvit.encoder import DualEncoder
+from dtpvit.encoder.reducers import GridPooling
 from dtpvit.errors import UserError
+from dtpvit.interop.loading import load_clip
 
 
 @pytest.fixture
@@ -38,6 +41,18 @@ def test_a_file_of_records_is_data_where_a_mapping_is_a_config(folder: Path) -> 
     Path("data.json").write_text('{"class_path": "mine.Data"}')
     assert expand_shorthands("fit", ["--data", "records.json"]) == ["--data.init_args.train=records.json"]
     assert expand_shorthands("fit", ["--data", "data.json"]) == ["--data", "data.json"]
+
+
+def test_a_checkpoint_records_the_fragment_it_was_trained_with(folder: Path) -> None:
+    config = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
+    small = ["--data.init_args.num_train", "32", "--data.init_args.num_val", "8", "--data.init_args.num_test", "1"]
+    small += ["--data.init_args.batch_size", "16", "--data.init_args.num_workers", "0", "--trainer.max_epochs", "1"]
+    small += ["--trainer.accelerator", "cpu", "--name", "grid", "--data.init_args.root", "shapes"]
+    fragment = '{"reducers": {"1": {"class_path": "GridPooling", "init_args": {"window": 2}}}}'
+    assert main(["fit", "--config", str(config), *small, "--model.init_args.vision", fragment]) == 0
+    clip = load_clip(checkpoint="runs/grid/checkpoints/last.ckpt").model
+    assert isinstance(clip, DualEncoder)
+    assert isinstance(clip.visual.trunk.reducers["1"], GridPooling) and len(clip.visual.trunk.reducers) == 1
 
 
 @pytest.mark.parametrize(

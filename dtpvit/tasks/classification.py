@@ -109,6 +109,7 @@ class Classification(ImageTask):
         if vision is not None:
             model = replaced(vision_config(model), vision)
         self.save_hyperparameters(ignore=["vision"])
+        self.hparams["model"] = model  # under the command line Lightning saves the config's, whatever --reducers said
         self.mode: Mode = mode
         self.num_classes = num_classes
         built = create_classifier(model, num_classes, mean, std)

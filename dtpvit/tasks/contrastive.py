@@ -84,6 +84,7 @@ class Contrastive(ImageTask):
         if vision is not None:
             model = with_vision(model, vision)
         self.save_hyperparameters(ignore=["vision"])
+        self.hparams["model"] = model  # under the command line Lightning saves the config's, whatever --reducers said
         self.config = model_config(model)
         self.model = build_clip(self.config)
         self.model.set_grad_checkpointing(grad_checkpointing)

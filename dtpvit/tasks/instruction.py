@@ -135,8 +135,9 @@ class Instruction(ImageTask):
             select=select,
             select_layer=select_layer,
         )
-        encoder, mean, std = (built.config[name] for name in ("encoder", "mean", "std"))
         self.save_hyperparameters(ignore=["vision"])
+        # Under the command line Lightning saves what the config says, whatever became of it here.
+        self.hparams.update({name: built.config[name] for name in ("encoder", "mean", "std")})
         self.model, self.chat, self.config = built.model, built.chat, built.config
         self.image_fill, self.image_aspect = built.image_fill, image_aspect
         if tune_language_model == "lora":
