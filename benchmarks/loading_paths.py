@@ -18,7 +18,7 @@ from torch import Tensor
 from webdataset.tariterators import tar_file_expander
 
 from dtpvit.datamodules.image_text import ImageTextShards
-from dtpvit.datamodules.samples import ImageText, decode_pixels
+from dtpvit.datamodules.samples import ImageText, captions_of, decode_pixels
 from dtpvit.datamodules.transforms import train_transform
 
 __all__ = ["MODEL", "STAGES", "Lane", "OpenClip", "Ours"]
@@ -102,7 +102,7 @@ class Ours:
             kept["images"] = [recipe.transform(pixels, seed) for seed, pixels in enumerate(kept["pixels"])]
 
         def tokenise() -> None:
-            captions = [recipe._caption(raw, 0) for raw in kept["raw"]]
+            captions = [captions_of(raw, recipe.captions_field)[0] for raw in kept["raw"]]
             kept["rows"] = [recipe.tokenize(part) for part in _parts(captions, self.batch_size)]
 
         def collate() -> None:

@@ -137,7 +137,7 @@ def _switches(component: Callable[..., Any], arguments: list[str]) -> list[str]:
     """Let ``--deep`` stand for ``--deep=true`` where the parameter is a bool."""
     parameters = inspect.signature(component).parameters.values()
     switches = {f"--{parameter.name}" for parameter in parameters if parameter.annotation in (bool, "bool")}
-    following = [*arguments[1:], ""]
+    following = [*arguments, ""][1:]
     return [
         f"{argument}=true" if argument in switches and after not in ("true", "false") else argument
         for argument, after in zip(arguments, following, strict=True)

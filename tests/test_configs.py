@@ -36,7 +36,7 @@ def stand_ins(tmp_path_factory):
     """A language model and a trained encoder, small, in place of those that a config of instruction tuning names."""
     folder = tmp_path_factory.mktemp("stand_ins")
     make_tiny_language_model(["a"], folder / "language_model", dim=16, depth=1, num_heads=2)
-    vision = {"image_size": 32, "patch_size": 8, "dim": 16, "depth": 1, "num_heads": 2}
+    vision = {"image_size": 32, "patch_size": 8, "dim": 16, "depth": 2, "num_heads": 2}
     task = Contrastive({"embed_dim": 8, "vision": vision, "text": {"width": 16, "heads": 2, "layers": 1}})
     state = {"state_dict": task.state_dict(), "hyper_parameters": dict(task.hparams)}
     torch.save(state, folder / "encoder.ckpt")

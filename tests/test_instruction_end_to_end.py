@@ -128,7 +128,7 @@ def test_a_killed_run_ends_as_one_that_was_not(folder):
         except Exception:  # not there yet, or half written
             time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    assert process.wait() == -signal.SIGKILL  # it must not have come to its end by itself
     run(folder, *options, *root("killed"), "--ckpt_path", "last")
     whole, resumed = (
         torch.load(folder / f"{name}/checkpoints/last.ckpt", weights_only=True) for name in ("whole", "killed")

@@ -144,7 +144,8 @@ class InstructionData(TrainedData):
             kind(count, steps, self.batch_size, **shared),
             num_workers=self.num_workers,
             fixed=self._overfits,
-            layout=layout | {"group_by_length": int(self.group_by_length), "shuffle_turns": int(self.shuffle_turns)},
+            layout=layout
+            | {name: int(getattr(self, name) or 0) for name in ("group_by_length", "shuffle_turns", "max_turns")},
             on_broken=self._listing(self._train, samples),
         )
 

@@ -108,6 +108,8 @@ class Assistant:
             if places != len(question.images):
                 raise UserError(f"a question has {len(question.images)} images for {places} places; give as many")
         prompts = [self.chat.prompt(question.turns) for question in questions]
+        if not all(prompts):
+            raise UserError("a question is empty; this model's chat template, of the first stage, reads images alone")
         ids = torch.full((len(prompts), max(map(len, prompts))), self.chat.pad_id)
         for row, prompt in enumerate(prompts):
             ids[row, : len(prompt)] = torch.tensor(prompt)

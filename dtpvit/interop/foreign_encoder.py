@@ -57,6 +57,10 @@ class ForeignEncoder(ImageEncoder):
         tokens = Tokens.from_dense(features, grid=self.grid_size)
         return Encoding(tokens, self.read_out(tokens), layouts=(BlockLayouts.of(tokens.layout),))
 
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        tower: Any = self.tower
+        tower.set_grad_checkpointing(enable)
+
     def cost(self, layouts: tuple[BlockLayouts, ...]) -> ImageCost:
         nothing = torch.zeros(layouts[0].arrived.batch, dtype=torch.float64, device=layouts[0].arrived.lengths.device)
         return ImageCost(nothing, nothing + self._macs, nothing, nothing, nothing)

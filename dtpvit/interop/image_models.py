@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import open_clip
 from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import get_pretrained_cfg
+from timm.models import get_pretrained_cfg, list_pretrained
 from torch import nn
 
 from dtpvit.errors import UserError
@@ -99,7 +100,13 @@ def pixel_statistics(vision: Mapping[str, Any]) -> tuple[tuple[float, ...], tupl
     ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     """
     foreign = (vision.get("encoder") or {}).get("init_args") or {}
-    preset = str(vision.get("preset") or foreign.get("name", ""))
+    library, _, preset = str(vision.get("preset") or foreign.get("name", "")).rpartition(":")
+    tag = foreign.get("pretrained")
+    if library == "open_clip":
+        known = open_clip.get_pretrained_cfg(preset, tag) if tag else {}
+        return tuple(known.get("mean") or OPENAI_DATASET_MEAN), tuple(known.get("std") or OPENAI_DATASET_STD)
+    if tag and f"{preset}.{tag}" in list_pretrained(f"{preset}.*"):
+        preset = f"{preset}.{tag}"
     for name in (preset, re.sub(r"\d+$", "224", preset)):
         known = get_pretrained_cfg(name) if name else None
         if known is not None:

@@ -101,10 +101,19 @@ def create_instruction_model(
     arguments: dict[str, Any] = {"projector": projector, "position": position}
     arguments |= {"select": select, "select_layer": select_layer}
     model = VisualLanguageModel(image_model(vision, 0), words, **arguments)
-    config = {"encoder": vision, "language_model": language_model, "template": template}
+    config = {"encoder": _without_source(vision), "language_model": language_model, "template": template}
     config |= {"mean": list(mean or usual[0]), "std": list(std or usual[1])}
     config |= {"image_aspect": image_aspect, "max_length": max_length, **arguments}
     return InstructionModel(model, Chat(tokenizer, template), config)
+
+
+def _without_source(vision: dict[str, Any]) -> dict[str, Any]:
+    """The vision config without where a foreign tower's first weights came from: a checkpoint has its own."""
+    entry = vision.get("encoder")
+    if not isinstance(entry, Mapping) or "pretrained" not in (entry.get("init_args") or {}):
+        return vision
+    arguments = {name: value for name, value in entry["init_args"].items() if name != "pretrained"}
+    return {**vision, "encoder": {**entry, "init_args": arguments}}
 
 
 def is_instruction(content: Mapping[str, Any]) -> bool:

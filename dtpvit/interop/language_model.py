@@ -32,7 +32,8 @@ def load_language_model(source: str | Path, dtype: str = "float32", **options: A
         UserError: If transformers is not installed, or there is no such model.
     """
     try:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from safetensors import SafetensorError
+        from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
         from transformers.utils import logging
     except ImportError as error:
         raise UserError(_MISSING) from error
@@ -45,12 +46,14 @@ def load_language_model(source: str | Path, dtype: str = "float32", **options: A
     try:
         model = AutoModelForCausalLM.from_pretrained(str(path if path.is_dir() else source), dtype=dtype, **options)
         tokenizer = AutoTokenizer.from_pretrained(str(path if path.is_dir() else source))
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
             f"there is no language model under {source} ({reason}); expected a folder as transformers writes it, or a "
             "name on the hub"
         ) from error
+    # Penalties and beams that come with some models would make greedy answers others than the most likely words.
+    model.generation_config = GenerationConfig()
     return model, tokenizer
 
 

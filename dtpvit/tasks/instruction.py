@@ -171,11 +171,13 @@ class Instruction(ImageTask):
         init = self.hparams["init"]
         if init is None:
             return None
-        if not _is_of_this_task(init):
+        content = read_checkpoint(init) if init.endswith(".ckpt") else {}
+        if not is_instruction(content):
             transfer = load_dense(self.model.vision, init)
             logger.info("%s", transfer)
             return transfer
-        state = state_of(read_checkpoint(init))
+        _check_handover(init, content["hyper_parameters"], self.hparams)
+        state = state_of(content)
         load_parts(self.model, state, init)
         transfer = Transfer(str(init), taken=sorted(state))
         logger.info("%s", transfer.summary)
@@ -192,7 +194,7 @@ class Instruction(ImageTask):
         mean_count = self.trainer.strategy.reduce(count, reduce_op="mean").clamp(min=1.0)
         loss = cross_entropy(read.logits, read.targets, reduction="sum") / mean_count
         if read.encoding is None:
-            loss = loss + self._unseen(batch["image"])
+            loss = loss + self._unseen(batch["image"], needed=not loss.requires_grad)
         else:
             loss = torch.stack([loss, *read.encoding.losses.values()]).sum()
             self.log_reduction(read.encoding)
@@ -205,9 +207,12 @@ class Instruction(ImageTask):
         images = self.normalise(batch["image"])
         return self.model.read(batch, images, max_length=self.hparams["max_length"])
 
-    def _unseen(self, images: Tensor) -> Tensor | float:
-        """Nothing, by way of encoder and projector: other ranks, which have images, wait for their gradients."""
-        if self.trainer.world_size == 1:
+    def _unseen(self, images: Tensor, *, needed: bool) -> Tensor | float:
+        """Nothing, by way of encoder and projector: other ranks, which have images, wait for their gradients.
+
+        In one process only where nothing else learns from text alone.
+        """
+        if self.trainer.world_size == 1 and not needed:
             return 0.0
         blank = self.normalise(images.new_zeros(1, 3, *self.image_size))
         seen, _, encoding = self.model.see(blank)
@@ -245,8 +250,21 @@ def _leave_out_what_stands_still(module: Any, state: dict[str, Any], prefix: str
             del state[name]
 
 
-def _is_of_this_task(init: str) -> bool:
-    return init.endswith(".ckpt") and is_instruction(read_checkpoint(init, mmap=True))
+def _check_handover(init: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuse what would be lost, or read otherwise, from one run to the next.
+
+    Raises:
+        UserError: Naming it.
+    """
+    tuned, wanted = (options.get("tune_language_model", "frozen") for options in (before, now))
+    if tuned not in ("frozen", wanted):
+        raise UserError(
+            f"the language model in {init} was tuned ({tuned}), and this run's checkpoints would leave it out "
+            f"({wanted}): `dtpvit export --checkpoint {init} --out DIR`, and give DIR/language_model as language_model"
+        )
+    for name in ("projector", "position", "select", "select_layer", "image_aspect"):
+        if before.get(name) != now[name]:
+            raise UserError(f"{name} is {now[name]} where {init} was trained with {before.get(name)}; give the same")
 
 
 def _encoder(
@@ -254,7 +272,7 @@ def _encoder(
 ) -> dict[str, Any]:
     """Encoder and pixel statistics, of which a checkpoint of ours tells what was not given."""
     known: dict[str, Any] = {}
-    if init is not None and init.endswith(".ckpt"):
+    if init is not None and init.endswith(".ckpt") and None in (encoder, mean, std):
         known = encoder_of(init)
     if encoder is None and "encoder" not in known:
         raise UserError("encoder is missing; name one, or give a checkpoint of dtpvit as init, which records its own")

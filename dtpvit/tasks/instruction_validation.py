@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -45,8 +47,11 @@ class InstructionValidation(nn.Module):
                 metrics[name].update(lengths)
 
     def results(self) -> dict[str, Tensor]:
-        """All figures of the pass, the same on all ranks, which call this together."""
-        return {name: metric.compute() for name, metric in self._metrics().items()}
+        """The figures of the pass that there are, the same on all ranks, which call this together."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The ``compute`` method of metric")  # a rank without an image
+            found = {name: metric.compute() for name, metric in self._metrics().items()}
+        return {name: value for name, value in found.items() if torch.isfinite(value)}
 
     def _metrics(self) -> dict[str, Metric]:
         return {name: metric for name, metric in self.metrics.items() if isinstance(metric, Metric)}

@@ -58,7 +58,9 @@ def test_the_first_places_are_the_images_and_the_rest_is_text():
     assert asked(human("<image>\na", "b"), 1) == [(0, "\na"), ("b",)]
     assert asked(human("a <image> b <image>", "<image> c <image>"), 3) == [("a ", 0, " b ", 1), (2, " c <image>")]
     assert asked(human("a <image><image> b"), 1) == [("a ", 0, "<image> b")]
-    assert asked(human("<image>a<image>"), 0) == [("<image>a<image>",)]
+    assert asked(human("what does <image> mean?"), 0) == [("what does <image> mean?",)]
+    with pytest.raises(BadRecord, match="missing image"):
+        asked(human("<image>\na"), 0)
     assert asked(human("<image>"), 1) == [(0,)]
     assert asked(human("a", "b"), 2) == [(0, 1, "\na"), ("b",)]
     with pytest.raises(BadRecord, match="fewer places than images"):

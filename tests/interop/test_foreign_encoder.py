@@ -45,3 +45,6 @@ def test_what_is_not_there_is_said():
 
 def test_pixel_statistics_are_timms():
     assert pixel_statistics(config("vit_base_patch16_siglip_224")) == ((0.5,) * 3, (0.5,) * 3)
+    assert pixel_statistics(config("open_clip:ViT-B-16-SigLIP", pretrained="webli")) == ((0.5,) * 3, (0.5,) * 3)
+    clip = pixel_statistics(config("timm:convnext_base", pretrained="clip_laion2b"))
+    assert clip[0] == pytest.approx((0.4815, 0.4578, 0.4082), abs=1e-4)

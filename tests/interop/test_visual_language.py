@@ -1,6 +1,10 @@
 """A language model that reads an image's tokens, assembled from tiny parts."""
 
+import json
+import shutil
+
 import pytest
+import timm
 import torch
 from torch.nn.functional import cross_entropy
 
@@ -197,6 +201,31 @@ def test_a_folder_loads_back_as_it_was(language_model, tmp_path):
     torch.testing.assert_close(found.model.read(batch, image(1), max_length=128).logits, wanted)
     assert found.image_fill == made.image_fill
     assert not any(parameter.requires_grad for parameter in found.model.parameters())
+
+
+def test_what_a_model_says_of_generation_does_not_bend_greedy_answers(language_model, tmp_path):
+    shutil.copytree(language_model, tmp_path / "bent")
+    said = json.loads((tmp_path / "bent" / "generation_config.json").read_text())
+    (tmp_path / "bent" / "generation_config.json").write_text(json.dumps(said | {"repetition_penalty": 50.0}))
+    found = []
+    for folder in (language_model, str(tmp_path / "bent")):
+        made = built(folder)
+        prompt = torch.tensor([made.chat.prompt([Turn("user", (None, "is there a circle? yes no red"))])])
+        length = torch.tensor([prompt.shape[1]])
+        found.append(made.model.generate(prompt, length, image(1), max_length=128, max_new_tokens=8).ids.tolist())
+    assert found[0] == found[1]
+
+
+def test_a_folder_with_a_foreign_tower_stands_alone(language_model, tmp_path):
+    torch.save(timm.create_model("test_vit", num_classes=0).state_dict(), tmp_path / "tower.pth")
+    given = {"name": "test_vit", "pretrained": str(tmp_path / "tower.pth"), "image_size": 32}
+    encoder = {"encoder": {"class_path": "dtpvit.interop.foreign_encoder.ForeignEncoder", "init_args": given}}
+    made = create_instruction_model(encoder, language_model, max_length=128)
+    save_instruction_model(made, tmp_path / "exported")
+    (tmp_path / "tower.pth").unlink()
+    made.model.eval()
+    found = load_instruction_model(tmp_path / "exported").model.see(image(1))[0]
+    torch.testing.assert_close(found, made.model.see(image(1))[0])
 
 
 def test_what_is_wrong_is_said(language_model, tmp_path):

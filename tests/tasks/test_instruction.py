@@ -119,6 +119,31 @@ def test_stage_two_starts_from_stage_one(folder, tmp_path):
         torch.testing.assert_close(second.state_dict()[name], value, rtol=0, atol=0, equal_nan=True)
 
 
+def test_what_the_next_run_would_lose_or_read_otherwise_is_refused(folder, tmp_path):
+    trainer = conversing.fit(conversing.task(folder, tune_language_model="full", select_layer=-2))
+    trainer.save_checkpoint(tmp_path / "full.ckpt")
+    init = {"encoder": None, "init": str(tmp_path / "full.ckpt")}
+    with pytest.raises(UserError, match="this run's checkpoints would leave it out"):
+        conversing.fit(conversing.task(folder, **init, select_layer=-2), max_steps=0)
+    with pytest.raises(UserError, match=r"select_layer is -1 where .* was trained with -2"):
+        conversing.fit(conversing.task(folder, **init, tune_language_model="full"), max_steps=0)
+
+
+@pytest.mark.parametrize("options", [{}, {"tune_language_model": "full"}])
+def test_a_batch_of_text_alone_is_a_batch(options, folder):
+    module = conversing.task(folder, **options)
+    before = {name: value.detach().clone() for name, value in module.named_parameters()}
+    conversing.fit(module, conversing.Conversations(size=2, text_only=2))
+    assert bool(changed(before, module)) == bool(options)
+
+
+def test_an_empty_question_is_refused(folder, tmp_path):
+    trainer = conversing.fit(conversing.task(folder, template="plain"))
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    with pytest.raises(UserError, match="a question is empty"):
+        load_assistant(tmp_path / "last.ckpt").answer([Question.of("what?")])
+
+
 def test_the_encoder_may_come_from_another_task(folder, tmp_path):
     clip = pairs.task()
     trainer = L.Trainer(
