@@ -136,13 +136,21 @@ def _usable(record: Any, name: str, places: _Where) -> Conversation:
     if isinstance(places, list):
         if len(places) < len(names):
             raise BadRecord("missing image", names[len(places)])
-        return parse_conversation(record, name, places)
+        return _whole(parse_conversation(record, name, places))
     found = list[Place]()
     for image in names:
         if (place := places.find(image)) is None:
             raise BadRecord("missing image", image)
         found.append(place)
-    return parse_conversation(record, name, found)
+    return _whole(parse_conversation(record, name, found))
+
+
+def _whole(conversation: Conversation) -> Conversation:
+    """The conversation, unless it asks about an image that the record has lost."""
+    texts = [str(part).strip() for question in conversation.questions for part in question.asked]
+    if not conversation.images and any(text.startswith("<image>") or text.endswith("<image>") for text in texts):
+        raise BadRecord("missing image", "a place for an image, and no image")
+    return conversation
 
 
 def _of_file(path: Path, places: ImagePlaces) -> Iterator[tuple[Any, _Where]]:

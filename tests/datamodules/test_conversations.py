@@ -58,9 +58,7 @@ def test_the_first_places_are_the_images_and_the_rest_is_text():
     assert asked(human("<image>\na", "b"), 1) == [(0, "\na"), ("b",)]
     assert asked(human("a <image> b <image>", "<image> c <image>"), 3) == [("a ", 0, " b ", 1), (2, " c <image>")]
     assert asked(human("a <image><image> b"), 1) == [("a ", 0, "<image> b")]
-    assert asked(human("what does <image> mean?"), 0) == [("what does <image> mean?",)]
-    with pytest.raises(BadRecord, match="missing image"):
-        asked(human("<image>\na"), 0)
+    assert asked(human("<image>a<image>"), 0) == [("<image>a<image>",)]
     assert asked(human("<image>"), 1) == [(0,)]
     assert asked(human("a", "b"), 2) == [(0, 1, "\na"), ("b",)]
     with pytest.raises(BadRecord, match="fewer places than images"):
@@ -263,6 +261,14 @@ def test_no_record_ends_a_run(tmp_path_factory, record):
     assert found[len(found) - 1].id == "r0" and len(found) + len(found.skipped) == 2
     assert len(found.limited(1)) == 1
     SkippedReport(folder / "skipped.jsonl").add(str(data), found.skipped)
+
+
+def test_a_place_without_an_image_is_a_missing_image(tmp_path):
+    lost = {name: value for name, value in llava(1).items() if name != "image"}
+    spoken = llava(2, image=False)
+    spoken["conversations"][0]["value"] = "what does <image> mean?"
+    found = read_conversations(write_json(tmp_path, [llava(0), lost, spoken]), None)
+    assert [(one.record, one.cause) for one in found.skipped] == [("r1", "missing image")] and len(found) == 2
 
 
 def test_a_broken_line_of_a_jsonl_is_one_record_less(tmp_path):
