@@ -25,7 +25,7 @@ from dtpvit.evaluation.picture_sheet import Panel, write_sheet
 from dtpvit.evaluation.seen_segments import SeenSegments, seen_segments
 from dtpvit.evaluation.segment_pictures import Drawing, Style, draw_heat, draw_segments
 from dtpvit.evaluation.towers import load_tower
-from dtpvit.interop.preprocessing import eval_transform
+from dtpvit.interop.preprocessing import eval_transform, normalised
 from dtpvit.interop.pretrained import load_pretrained
 from dtpvit.output_file import output_file
 
@@ -101,8 +101,7 @@ class _Subject:
         if self.order is not None:
             for reducer in _ordered(self.trunk):
                 reducer.order = self.order
-        mean, std = (255 * torch.tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
-        return seen_segments(self.trunk, (pixels - mean) / std)
+        return seen_segments(self.trunk, normalised(pixels, self.mean, self.std))
 
     def resize(self, size: tuple[int, int] | None) -> None:
         """Bring the encoder to images of that height and width."""

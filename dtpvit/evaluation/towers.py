@@ -22,7 +22,7 @@ from dtpvit.interop.image_models import ImageClassifier, create_classifier, load
 from dtpvit.interop.instruction_models import is_instruction, load_encoder
 from dtpvit.interop.loading import LoadedClip, is_classifier, load_clip
 from dtpvit.interop.model_config import NAMES, replaced, trunk_config, with_vision
-from dtpvit.interop.preprocessing import aspect_transform, eval_transform
+from dtpvit.interop.preprocessing import aspect_transform, eval_transform, normalised
 from dtpvit.interop.timm_models import TRUNKS, TimmEncoder
 from dtpvit.interop.weight_files import read_checkpoint
 
@@ -84,8 +84,7 @@ class Tower:
         if source is None:
             return torch.randn(count, 3, *self.image_size, generator=torch.Generator().manual_seed(0)), []
         raw, captions = real_images(source, count, eval_transform(self.image_size, resize_mode=self.resize_mode))
-        mean, std = (255 * torch.tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
-        return (raw - mean) / std, captions
+        return normalised(raw, self.mean, self.std), captions
 
     def macs(self, layouts: tuple[BlockLayouts, ...], *, training: bool = False) -> float:
         """Mean multiply-accumulates of an image, forward or forward and backward: from what our blocks saw, or, of a

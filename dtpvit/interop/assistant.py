@@ -16,7 +16,7 @@ from dtpvit.encoder import ImageEncoder
 from dtpvit.errors import UserError
 from dtpvit.interop.chat import Chat, Turn
 from dtpvit.interop.instruction_models import InstructionModel, load_instruction_model
-from dtpvit.interop.preprocessing import aspect_transform
+from dtpvit.interop.preprocessing import aspect_transform, normalised
 from dtpvit.interop.visual_language import VisualLanguageModel
 
 __all__ = ["Answer", "Assistant", "Question", "load_assistant"]
@@ -80,9 +80,7 @@ class Assistant:
         self.image_fill = found.image_fill
         height, width = self.model.vision.image_size
         self.preprocess = aspect_transform((height, width), found.config["image_aspect"], found.image_fill)
-        self._mean, self._std = (
-            255 * torch.tensor(found.config[name], device=self.device).view(3, 1, 1) for name in ("mean", "std")
-        )
+        self._mean, self._std = found.config["mean"], found.config["std"]
 
     @property
     def encoder(self) -> ImageEncoder:
@@ -136,7 +134,7 @@ class Assistant:
         if not images:
             return torch.zeros(0, 3, *self.encoder.image_size, device=self.device)
         pixels = torch.stack([self.preprocess(image) for image in images]).to(self.device)
-        return (pixels - self._mean) / self._std
+        return normalised(pixels, self._mean, self._std)
 
     def _text(self, ids: list[int]) -> str:
         """Up to the token that ends an answer: padding behind it may be a word of the tokenizer."""

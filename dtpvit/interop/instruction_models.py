@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dtpvit.errors import UserError
 from dtpvit.interop.chat import Chat, Template
-from dtpvit.interop.image_models import ImageClassifier, image_model, pixel_statistics, vision_config
+from dtpvit.interop.image_models import ImageClassifier, create_classifier, image_model, pixel_statistics, vision_config
 from dtpvit.interop.language_model import added_adapters, load_language_model, merged
 from dtpvit.interop.loading import difference, load_state
 from dtpvit.interop.model_config import model_config
@@ -150,14 +150,12 @@ def load_encoder(checkpoint: str | Path) -> ImageClassifier:
     """
     content = read_checkpoint(checkpoint)
     options = content["hyper_parameters"]
-    vision = vision_config(options["encoder"])
-    usual = pixel_statistics(vision)
-    model = image_model(vision, 0)
+    found = create_classifier(options["encoder"], 0, options.get("mean"), options.get("std"))
     state = state_of(content)
     own = {name.removeprefix("vision."): value for name, value in state.items() if name.startswith("vision.")}
-    load_state(model, own, checkpoint)
-    mean, std = options.get("mean") or usual[0], options.get("std") or usual[1]
-    return ImageClassifier(model.eval(), "custom", tuple(mean), tuple(std))
+    load_state(found.model, own, checkpoint)
+    found.model.eval()
+    return found
 
 
 def load_instruction_model(path: str | Path) -> InstructionModel:
@@ -194,16 +192,9 @@ def load_parts(model: VisualLanguageModel, state: dict[str, Tensor], source: obj
     """
     mine = model.state_dict()
     known = {name: mine[name] for name in mine if not name.startswith("language_model.") or name in state}
-    if found := difference(state, _Named(known)):  # pyright: ignore[reportArgumentType]
+    if found := difference(state, known):
         raise UserError(f"{source} is of another architecture: {found}; name the parts it was made with")
     model.load_state_dict(state, strict=False)
-
-
-class _Named:
-    """What :func:`difference` asks of a module."""
-
-    def __init__(self, state: dict[str, Tensor]) -> None:
-        self.state_dict = lambda: state
 
 
 def save_instruction_model(model: InstructionModel, folder: str | Path) -> None:

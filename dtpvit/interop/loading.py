@@ -92,9 +92,8 @@ def chosen_model(model: str | Mapping[str, Any] | None, content: dict[str, Any] 
     return spec
 
 
-def difference(state: Mapping[str, Tensor], model: nn.Module) -> str:
-    """In which names and shapes ``state`` differs from that of ``model``, with the first of each; empty if in none."""
-    mine = model.state_dict()
+def difference(state: Mapping[str, Tensor], mine: Mapping[str, Tensor]) -> str:
+    """In which names and shapes ``state`` differs from ``mine``, of a model, with the first of each; empty if in none."""
     missing, extra = sorted(set(mine) - set(state)), sorted(set(state) - set(mine))
     shapes = [n for n in mine if n in state and mine[n].shape != state[n].shape]
     found = [f"{len(missing)} tensors are missing (first: {missing[0]})"] if missing else []
@@ -111,7 +110,7 @@ def load_state(model: nn.Module, state: dict[str, Tensor], source: object) -> No
     Raises:
         UserError: If a name or a shape differs, with the first of them.
     """
-    if found := difference(state, model):
+    if found := difference(state, model.state_dict()):
         raise UserError(f"{source} is of another architecture: {found}; name the model it was made with")
     model.load_state_dict(state)
 

@@ -1,6 +1,7 @@
 """From a PIL image to a uint8 tensor as evaluation has it; normalisation is left to the device."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -18,6 +19,7 @@ __all__ = [
     "aspect_transform",
     "eval_transform",
     "height_width",
+    "normalised",
     "to_rgb",
     "to_tensor",
 ]
@@ -147,3 +149,9 @@ def height_width(image_size: int | tuple[int, int]) -> tuple[int, int]:
     if len(pair) != 2 or min(pair) < 1:
         raise UserError(f"The image size is {image_size}; give one positive number of pixels or (height, width).")
     return int(pair[0]), int(pair[1])
+
+
+def normalised(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """uint8 images, shape (B, 3, H, W), to what a model takes: float32, by channel means and deviations on [0, 1]."""
+    centre, spread = (255 * torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in (mean, std))
+    return (pixels - centre) / spread

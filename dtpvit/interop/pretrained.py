@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from torch import Tensor
 
@@ -17,6 +16,7 @@ from dtpvit.interop.create import build_clip
 from dtpvit.interop.dense_weights import Transfer, load_dense
 from dtpvit.interop.image_models import image_model, pixel_statistics, vision_config
 from dtpvit.interop.model_config import model_config
+from dtpvit.interop.preprocessing import normalised
 from dtpvit.interop.timm_models import TimmVisionEncoder
 from dtpvit.interop.weight_files import read_checkpoint, state_of
 
@@ -62,8 +62,7 @@ class Pretrained:
 
     def normalise(self, images: Tensor) -> Tensor:
         """uint8 images, shape (B, 3, H, W), to what the model takes."""
-        mean, std = (255 * torch.tensor(values, device=images.device).view(3, 1, 1) for values in (self.mean, self.std))
-        return (images - mean) / std
+        return normalised(images, self.mean, self.std)
 
 
 def load_pretrained(

@@ -43,7 +43,7 @@ def check_checkpoint(path: str | Path, task: LightningModule) -> None:
         raise UserError(
             f"{path} has {classes} classes, the config's model has {head}; give the config that it was trained with"
         )
-    if task.strict_loading and (differing := difference(state, task)):
+    if task.strict_loading and (differing := difference(state, task.state_dict())):
         raise UserError(
             f"{path} is of another architecture than the config's model: {differing}; give the config that it was "
             "trained with"

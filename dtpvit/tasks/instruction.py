@@ -237,7 +237,7 @@ class Instruction(ImageTask):
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load what :meth:`state_dict` gives, which leaves out what did not learn of the language model."""
-        if strict and (found := difference(state_dict, self)):
+        if strict and (found := difference(state_dict, self.state_dict())):
             raise RuntimeError(f"the state does not fit the task: {found}")
         return super().load_state_dict(state_dict, strict=False, assign=assign)
 
