@@ -93,7 +93,7 @@ def chosen_model(model: str | Mapping[str, Any] | None, content: dict[str, Any] 
 
 
 def difference(state: Mapping[str, Tensor], mine: Mapping[str, Tensor]) -> str:
-    """In which names and shapes ``state`` differs from ``mine``, of a model, with the first of each; empty if in none."""
+    """In which names and shapes ``state`` differs from a model's ``mine``, with the first of each; empty if in none."""
     missing, extra = sorted(set(mine) - set(state)), sorted(set(state) - set(mine))
     shapes = [n for n in mine if n in state and mine[n].shape != state[n].shape]
     found = [f"{len(missing)} tensors are missing (first: {missing[0]})"] if missing else []
