@@ -80,7 +80,7 @@ class _Sheet:
 
 
 def write_sheet(path: Path, titles: Sequence[str], rows: Sequence[Sequence[Panel]]) -> None:
-    """Write a sheet, as PNG or SVG by the path's ending.
+    """Write a sheet, as PNG, JPEG or SVG by the path's ending.
 
     Args:
         path: The file.
@@ -90,7 +90,7 @@ def write_sheet(path: Path, titles: Sequence[str], rows: Sequence[Sequence[Panel
     if path.suffix.lower() == ".svg":
         path.write_text(_as_svg(_Sheet.of(titles, rows)), encoding="utf-8")
     else:
-        sheet_image(titles, rows).save(path)
+        sheet_image(titles, rows).save(path, quality=90)  # which PNG, having no loss, leaves aside
 
 
 def embedded(pixels: np.ndarray) -> str:

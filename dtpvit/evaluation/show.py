@@ -32,7 +32,7 @@ from dtpvit.output_file import output_file
 __all__ = ["heat_panel", "segments_panel", "show"]
 
 COMPRESSIONS = (1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0)
-ENDINGS = (".png", ".svg", ".html")
+ENDINGS = (".png", ".jpg", ".svg", ".html")
 
 
 def show(
@@ -67,7 +67,7 @@ def show(
             resampled; those of the encoder if left out.
         crop_pct: Share of the short side that the crop keeps.
         limit: At most so many images of each folder or set of shards.
-        out: The file to write, .png, .svg or .html.
+        out: The file to write, .png, .jpg, .svg or .html; photographs are smallest as .jpg.
     """
     target = _target(out)
     subjects = _in_orders(_subjects(checkpoint or [], model, init, reducers or []), orders)

@@ -244,21 +244,23 @@ def test_checkpoints_of_all_tasks_side_by_side(photo_file, tmp_path, capsys):
     assert tower.resize_mode == "longest" and tuple(tower.image_size) == (32, 32)
 
 
-def test_png_of_a_whole_photograph(photo_file, weights, tmp_path):
+@pytest.mark.parametrize("format", ["PNG", "JPEG"])
+def test_picture_of_a_whole_photograph(format, photo_file, weights, tmp_path):
     """Brought to its own shape, 128 x 176 pixels, in two orders: image, heat map and segments twice."""
-    out = tmp_path / "segments.png"
+    out = tmp_path / f"segments.{format.lower().replace('jpeg', 'jpg')}"
     options = ["--model", "vit_tiny_patch16_224", "--init", weights, "--image-size", "[128, 176]"]
     fragment = str(CONFIGS / "reducers" / "random.yaml")
     arguments = [photo_file, *options, "--reducers", fragment, "--orders", "raster,serpentine", "--out", str(out)]
     assert main(["show", *arguments]) == 0
     with Image.open(out) as picture:
+        assert picture.format == format
         assert picture.size[0] == 2 * 24 + 3 * 3 * 176 + 2 * 20
 
 
 MISTAKES = {
     "nothing to show": ([], "give --checkpoint FILE, or --model NAME --reducers FILE"),
     "no model": (["--reducers", "configs/reducers/tome.yaml"], "--model and --reducers go together"),
-    "format": (["--checkpoint", "x.ckpt", "--out", "x.pdf"], "ends in .png, .svg, .html"),
+    "format": (["--checkpoint", "x.ckpt", "--out", "x.pdf"], "ends in .png, .jpg, .svg, .html"),
     "folder": (["--checkpoint", "x.ckpt", "--out", "nowhere/x.png"], "cannot be written to nowhere/x.png"),
     "foreign": (["--checkpoint", "vit_tiny_patch16_224"], "is no encoder of dtpvit's"),
     "missing": (["--checkpoint", "none.ckpt"], "none.ckpt"),
