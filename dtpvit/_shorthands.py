@@ -11,7 +11,7 @@ import yaml
 
 from dtpvit.errors import UserError
 
-__all__ = ["SHORTHANDS", "expand_shorthands", "missing_file", "options"]
+__all__ = ["SHORTHANDS", "expand_shorthands", "missing_file", "naming_file", "options"]
 
 SHORTHANDS = """\
 Shorthands of fit, validate, test, predict and tune:
@@ -24,7 +24,8 @@ Shorthands of fit, validate, test, predict and tune:
   --name NAME        the run's folder, runs/NAME (unless given: after --config, --encoder and --reducers)
 
 `dtpvit COMMAND --help` lists all options of a command. DTPVIT_DEBUG=1 shows tracebacks.
-Exit codes: 0 done, 1 a fault of ours, 2 something you can put right, 3 bad data, 130 interrupted."""
+Exit codes: 0 done, 1 a fault of ours, 2 something you can put right, 3 bad data, 130 interrupted,
+143 ended on request (SIGTERM, SIGUSR1), with everything saved if it trained."""
 
 _LONG = {
     "--data": "--data.init_args.train",
@@ -52,12 +53,15 @@ def expand_shorthands(command: str, arguments: list[str]) -> list[str]:
         UserError: If a fragment is no YAML file that holds a mapping.
     """
     moved, skip, named = list[str](), set[int](), dict[str, str]()
-    vision = dict[str, Any]()
+    vision, configs = dict[str, Any](), list[str]()
     for index, width, option, value in options(arguments):
         if index in skip:
             continue
-        if option in ("-c", "--config", "--encoder", "--reducers") and Path(value).is_file():
-            named["--config" if option == "-c" else option] = Path(value).stem
+        if option in ("-c", "--config") and Path(value).is_file():
+            configs.append(value)
+            named["--config"] = naming_file(configs).stem
+        elif option in ("--encoder", "--reducers") and Path(value).is_file():
+            named[option] = Path(value).stem
         if option in ("--encoder", "--reducers"):
             vision[option.removeprefix("--")] = _fragment(option, value)
         elif option in _LONG and not (option == "--data" and _names_a_class(value)):
@@ -73,6 +77,21 @@ def expand_shorthands(command: str, arguments: list[str]) -> list[str]:
     if vision:
         moved.append(f"--model.init_args.vision={json.dumps(vision)}")
     return kept + moved
+
+
+def naming_file(configs: list[str]) -> Path:
+    """The config after which a run is called: the last, those left out that set the trainer alone.
+
+    ``configs/launch/ddp.yaml`` says where a run happens, not what it is. Without any config it is called ``run``.
+    """
+    for path in reversed(configs):
+        try:
+            found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError):  # an address, say; the parser has its own words
+            return Path(path)
+        if not isinstance(found, dict) or set(found) != {"trainer"}:
+            return Path(path)
+    return Path(configs[-1] if configs else "run")
 
 
 def missing_file(kind: str, value: str, usual: str) -> UserError:

@@ -21,10 +21,12 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 
 from dtpvit import __version__
 from dtpvit._run_folder import LineProgress, RunCheckpoint, RunLogger, SaveRun, StepSeed
+from dtpvit._shorthands import naming_file
 from dtpvit.errors import UserError
 from dtpvit.tasks.checkpoint_check import check_checkpoint
 from dtpvit.tasks.efficiency import EfficiencyMonitor
 from dtpvit.tasks.image_task import ImageTask
+from dtpvit.tasks.preemption import Preemption
 
 __all__ = ["TrainerCLI"]
 
@@ -35,7 +37,8 @@ class TrainerCLI(LightningCLI):
     """Parses, builds and runs one of the Trainer's methods; all the work happens in the constructor.
 
     A run lives in ``runs/<name>``: ``config.yaml``, ``metrics.csv``, ``efficiency.csv``, ``checkpoints/last.ckpt``. The
-    name is ``--name``, or that of the last config file; ``--trainer.default_root_dir`` puts it elsewhere.
+    name is ``--name``, or that of the last config file that sets more than the trainer;
+    ``--trainer.default_root_dir`` puts it elsewhere.
 
     Args:
         command: A method of the trainer: ``fit``, ``validate``, ``test`` or ``predict``.
@@ -107,13 +110,14 @@ class TrainerCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Settle the run's name, folder and precision, and refuse a checkpoint that is not there."""
         config = self.config[self._command]
-        files = [Path(str(path)) for path in config.get("config") or []]
-        config.name = config.name or (files[-1].stem if files else "run")
+        config.name = config.name or naming_file([str(path) for path in config.get("config") or []]).stem
         self.folder = Path(config.trainer.default_root_dir or Path("runs") / config.name)
         config.checkpoint.dirpath = config.checkpoint.dirpath or str(self.folder / "checkpoints")
         config.trainer.precision = config.trainer.precision or default_precision(config.trainer.accelerator)
         if config.get("weights_only") is None and "weights_only" in config:
             config.weights_only = True
+        if self._command == "fit" and config.get("ckpt_path") is None and _was_restarted():
+            config.ckpt_path = "last"  # SLURM and torchrun repeat the command that began the run
         self._checkpoint = self._find_checkpoint(config.get("ckpt_path"), Path(config.checkpoint.dirpath))
         self._resuming = self._continues(config.get("ckpt_path"))
         self._check_init(config)
@@ -169,6 +173,8 @@ class TrainerCLI(LightningCLI):
             callbacks.append(EfficiencyMonitor())
         if isinstance(seed := self._get(self.config, "seed_everything"), int):
             callbacks.append(StepSeed(seed))
+        if self._command == "fit" and not given.fast_dev_run:
+            callbacks.append(Preemption())
         has_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
         if not has_bar and given.enable_progress_bar is not False:
             callbacks.append(RichProgressBar() if sys.stdout.isatty() else LineProgress())
@@ -207,6 +213,11 @@ class TrainerCLI(LightningCLI):
         path = getattr(callback, "last_model_path", "") or getattr(callback, "best_model_path", "")
         if path and Path(path).exists() and rank_zero_only.rank == 0:
             print(f"dtpvit: wrote {os.path.relpath(path)}", file=sys.stderr)
+
+
+def _was_restarted() -> bool:
+    """Whether SLURM has requeued this job, or torchrun has started its processes anew."""
+    return any(os.environ.get(f"{by}_RESTART_COUNT", "0") != "0" for by in ("SLURM", "TORCHELASTIC"))
 
 
 def _is_lightnings(path: str) -> bool:

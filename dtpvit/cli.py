@@ -22,7 +22,7 @@ __all__ = ["COMMANDS", "explain", "main"]
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command and return its exit code: 0, 2 for a mistake of the user, 3 for bad data, 130 for Ctrl-C.
+    """Run one command and return its exit code, which are listed in :data:`dtpvit._shorthands.SHORTHANDS`.
 
     Args:
         argv: The arguments after the program's name; those of this process if None.
@@ -38,6 +38,8 @@ def main(argv: list[str] | None = None) -> int:
     except SystemExit as stop:
         if any(isinstance(error, KeyboardInterrupt) for error in _chain(stop)):
             return 130  # Lightning turns Ctrl-C into exit(1) once it has shut down
+        if type(stop).__name__ == "SIGTERMException":  # Lightning's; without a code where it comes from Lightning
+            return 143 if stop.code is None else int(stop.code)
         raise
     except Exception as error:
         sentence = explain(error)

@@ -16,6 +16,7 @@ from dtpvit.datamodules.image_places import read_place
 from dtpvit.datamodules.labelled import check_batching
 from dtpvit.datamodules.samples import SkippedSample, decode_image, sample_seed
 from dtpvit.datamodules.scheduled import Schedule, Substituting
+from dtpvit.datamodules.worker_signals import outlive_signals
 from dtpvit.interop.chat import Chat
 from dtpvit.interop.preprocessing import EvalTransform
 
@@ -189,6 +190,7 @@ class ConversationLoader:
             batch_size=batch_size,
             sampler=range(rank, len(samples), world_size),
             num_workers=num_workers,
+            worker_init_fn=outlive_signals,
             collate_fn=_Whole(samples),
             pin_memory=torch.cuda.is_available(),
         )

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dtpvit.datamodules.labelled_index import LabelledIndex, Sample, index_labelled
+from dtpvit.datamodules.worker_signals import outlive_signals
 from dtpvit.errors import UserError
 from dtpvit.interop.preprocessing import eval_transform
 
@@ -62,6 +63,7 @@ class LabelledLoader:
             _Images(index.samples[rank::world_size], transform),
             batch_size=batch_size,
             num_workers=num_workers,
+            worker_init_fn=outlive_signals,
             collate_fn=_Collate(image_size),
             pin_memory=torch.cuda.is_available(),
         )

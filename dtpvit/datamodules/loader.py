@@ -12,6 +12,7 @@ from dtpvit.datamodules.resumable import Resumable, steps_per_epoch
 from dtpvit.datamodules.samples import CAUSES
 from dtpvit.datamodules.shards import count_samples, shard_counts
 from dtpvit.datamodules.stream import Recipe, ShardStream
+from dtpvit.datamodules.worker_signals import outlive_signals
 from dtpvit.errors import UserError
 
 __all__ = ["ResumableLoader"]
@@ -78,6 +79,7 @@ class ResumableLoader(Resumable, Generic[Raw, Sample]):
             self._stream,
             batch_size=None,
             num_workers=num_workers,
+            worker_init_fn=outlive_signals,
             persistent_workers=num_workers > 0,
             pin_memory=torch.cuda.is_available(),
             # Its own generator: worker seeds drawn from the global one would change the model's randomness.

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dtpvit.datamodules.resumable import Resumable
 from dtpvit.datamodules.samples import SkippedSample, sample_seed
+from dtpvit.datamodules.worker_signals import outlive_signals
 from dtpvit.errors import UserError
 
 __all__ = ["Draws", "Schedule", "ScheduledLoader", "Substituting"]
@@ -159,6 +160,7 @@ class ScheduledLoader(Resumable):
             batch_size=None,
             sampler=schedule,
             num_workers=num_workers,
+            worker_init_fn=outlive_signals,
             persistent_workers=num_workers > 0,
             pin_memory=torch.cuda.is_available(),
             # Its own generator: worker seeds drawn from the global one would change the model's randomness.
