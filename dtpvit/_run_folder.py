@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import os
 import sys
 import time
 from pathlib import Path
@@ -16,10 +17,13 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.trainer.states import TrainerFn
 
+from dtpvit.output_file import PARTIAL
+from dtpvit.tasks.checkpoint_file import remove_partial
+
 __all__ = ["LineProgress", "RunCheckpoint", "RunLogger", "SaveRun", "StepSeed", "set_aside"]
 
 RECORDS = ("checkpoints", "metrics.csv", "config.yaml", "hparams.yaml", "efficiency.csv", "skipped.jsonl", "pictures")
-"""What a run writes into its folder; anything else in there is left alone."""
+"""What a run writes into its folder, and ``nonfinite-rank*.jsonl``; anything else in there is left alone."""
 
 
 class _Writer(ExperimentWriter):
@@ -48,6 +52,10 @@ class RunLogger(CSVLogger):
         super().__init__(save_dir=str(folder.parent), name=folder.name, version="")
         self._append = append
 
+    def after_save_checkpoint(self, checkpoint_callback: Any) -> None:
+        """Write out what is known, so that a kill takes no row of a step that a checkpoint has."""
+        self.save()
+
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
@@ -66,7 +74,8 @@ class SaveRun(SaveConfigCallback):
 
     def __init__(self, *args: Any, fresh: bool, folder: Path, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if self.config.get("ckpt_path") == "last":  # the saved file describes the run, not this continuation
+        if not fresh and Path(self.config.get("ckpt_path") or "").is_file():
+            # The saved file describes the run, not this continuation.
             self.config = self.config.clone()
             self.config.ckpt_path = None
         self.fresh = fresh
@@ -87,6 +96,7 @@ class SaveRun(SaveConfigCallback):
 def set_aside(folder: Path) -> Path | None:
     """Move a run's records to ``<folder>/earlier/<n>`` and return that; None if no run got anywhere."""
     found = [folder / name for name in RECORDS if (folder / name).exists()]
+    found += sorted(folder.glob("nonfinite-rank*.jsonl"))
     if not any((folder / name).exists() for name in RECORDS[:2]):  # the rest is there before the first step
         return None
     number = 1 + max((int(path.name) for path in folder.glob("earlier/*") if path.name.isdecimal()), default=0)
@@ -100,8 +110,28 @@ def set_aside(folder: Path) -> Path | None:
 class RunCheckpoint(ModelCheckpoint):
     """Lightning's callback, except that ``last.ckpt`` always holds the end of the training.
 
-    Lightning leaves the steps after the last ``every_n_train_steps`` unsaved, and writes in ``fast_dev_run``.
+    Lightning leaves the steps after the last ``every_n_train_steps`` unsaved, and writes in ``fast_dev_run``; its link
+    of ``save_last: link`` is gone for a moment whenever it is set.
     """
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Clean up after a process that was killed while it wrote."""
+        super().on_train_start(trainer, pl_module)
+        if trainer.is_global_zero and self.dirpath and "://" not in str(self.dirpath):
+            remove_partial(Path(self.dirpath))
+
+    @staticmethod
+    def _link_checkpoint(trainer: Trainer, filepath: str, linkpath: str) -> None:
+        link = Path(linkpath)
+        if link.is_dir() and not link.is_symlink():  # FSDP's
+            ModelCheckpoint._link_checkpoint(trainer, filepath, linkpath)
+            return
+        if trainer.is_global_zero and os.path.abspath(filepath) != os.path.abspath(linkpath):
+            beside = link.with_name(f"{link.name}{PARTIAL}")
+            beside.unlink(missing_ok=True)
+            beside.symlink_to(os.path.relpath(filepath, link.parent))
+            beside.replace(link)
+        trainer.strategy.barrier()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the last state if it is not saved yet."""

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import pydoc
 import sys
 import warnings
 from pathlib import Path
@@ -18,12 +19,14 @@ from lightning.pytorch.callbacks import (
     RichProgressBar,
 )
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.plugins import Precision, TorchCheckpointIO
 
 from dtpvit import __version__
 from dtpvit._run_folder import LineProgress, RunCheckpoint, RunLogger, SaveRun, StepSeed
 from dtpvit._shorthands import naming_file
 from dtpvit.errors import UserError
 from dtpvit.tasks.checkpoint_check import check_checkpoint
+from dtpvit.tasks.checkpoint_file import CheckpointFiles, whole_checkpoints
 from dtpvit.tasks.efficiency import EfficiencyMonitor
 from dtpvit.tasks.image_task import ImageTask
 from dtpvit.tasks.preemption import Preemption
@@ -113,19 +116,25 @@ class TrainerCLI(LightningCLI):
         config.name = config.name or naming_file([str(path) for path in config.get("config") or []]).stem
         self.folder = Path(config.trainer.default_root_dir or Path("runs") / config.name)
         config.checkpoint.dirpath = config.checkpoint.dirpath or str(self.folder / "checkpoints")
-        config.trainer.precision = config.trainer.precision or default_precision(config.trainer.accelerator)
+        plugin = _precision_plugin(config.trainer.plugins)
+        if plugin is None:
+            config.trainer.precision = config.trainer.precision or default_precision(config.trainer.accelerator)
         if config.get("weights_only") is None and "weights_only" in config:
             config.weights_only = True
         if self._command == "fit" and config.get("ckpt_path") is None and _was_restarted():
             config.ckpt_path = "last"  # SLURM and torchrun repeat the command that began the run
         self._checkpoint = self._find_checkpoint(config.get("ckpt_path"), Path(config.checkpoint.dirpath))
         self._resuming = self._continues(config.get("ckpt_path"))
+        if self._resuming and self._checkpoint is not None:
+            config.ckpt_path = str(self._checkpoint)
         self._check_init(config)
         if rank_zero_only.rank == 0:
             writes = self._command == "tune" or (self._command == "fit" and not config.trainer.fast_dev_run)
             where = f"-> {self.folder}" if writes else f"of {config.name}"
             where += "" if self._checkpoint is None else f" from {self._checkpoint}"
-            print(f"dtpvit {__version__}: {self._command} {where} ({config.trainer.precision})", file=sys.stderr)
+            print(
+                f"dtpvit {__version__}: {self._command} {where} ({plugin or config.trainer.precision})", file=sys.stderr
+            )
 
     def _find_checkpoint(self, path: str | None, folder: Path) -> Path | None:
         """The file behind ``--ckpt_path``, where there is one; raises UserError if it leads nowhere."""
@@ -133,6 +142,8 @@ class TrainerCLI(LightningCLI):
             return None
         if path == "last":
             found = max(folder.glob("last*.ckpt"), key=lambda file: file.stat().st_mtime, default=None)
+            if found is None:  # a kill before the first of that name
+                found = next(whole_checkpoints(folder), None)
             if found is None and self._command != "fit":
                 raise UserError(
                     f"--ckpt_path last found no last.ckpt in {folder}; train this run first or give a file."
@@ -184,9 +195,12 @@ class TrainerCLI(LightningCLI):
             self.save_config_callback = None
         kwargs |= {"logger": logger, "callbacks": callbacks, "default_root_dir": str(self.folder)}
         try:
-            return super().instantiate_trainer(**kwargs)
+            trainer = super().instantiate_trainer(**kwargs)
         except ValueError as error:  # an accelerator or strategy of that name, say, does not exist
             raise UserError(f"the trainer's settings cannot be used: {error}") from error
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # none was chosen in the config
+            trainer.strategy.checkpoint_io = CheckpointFiles()
+        return trainer
 
     def before_fit(self) -> None:
         """Refuse a checkpoint that does not fit, before data are looked for."""
@@ -223,6 +237,15 @@ def _was_restarted() -> bool:
 def _is_lightnings(path: str) -> bool:
     """Whether a checkpoint is one that only Lightning can find, or that lies on another machine."""
     return path in ("best", "hpc") or "://" in path or path.startswith("registry")
+
+
+def _precision_plugin(plugins: Any) -> str | None:
+    """Name of the class among the config's plugins that decides the precision, which may then not be given too."""
+    entries = plugins if isinstance(plugins, list) else [plugins]
+    paths = [entry if isinstance(entry, str) else entry.get("class_path") for entry in entries if entry is not None]
+    found = [pydoc.locate(path) for path in paths if isinstance(path, str)]
+    named = [kind.__name__ for kind in found if isinstance(kind, type) and issubclass(kind, Precision)]
+    return named[0] if named else None
 
 
 def default_precision(accelerator: object) -> str:

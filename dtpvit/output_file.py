@@ -2,11 +2,16 @@
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from dtpvit.errors import UserError
 
-__all__ = ["output_file", "write_json"]
+__all__ = ["PARTIAL", "output_file", "write_json", "written_beside"]
+
+PARTIAL = ".partial"
+"""What the name of a file ends in as long as it is being written."""
 
 
 def output_file(output: str | None) -> Path | None:
@@ -25,15 +30,40 @@ def output_file(output: str | None) -> Path | None:
     return path
 
 
+@contextmanager
+def written_beside(path: Path) -> Iterator[Path]:
+    """A path beside ``path`` to write to; the file there is flushed to the disk and takes the name afterwards.
+
+    Whoever reads, and whatever happens to the process or the machine, sees the old file or the new one. If the
+    writing fails, what there is of it is removed; after a kill it stays until the next try.
+
+    Raises:
+        OSError: If it cannot be flushed or renamed; the old file then stays.
+    """
+    partial = path.with_name(f"{path.name}{PARTIAL}")
+    try:
+        yield partial
+        _flush(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    with suppress(OSError):  # some network file systems know no flush of folders
+        _flush(path.parent)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def write_json(path: Path, value: object) -> None:
     """Write ``value`` beside ``path`` and rename it: whoever reads sees the old file or the new one.
 
     Raises:
         OSError: If it cannot be written; the old file then stays.
     """
-    partial = path.with_name(f"{path.name}.partial")
-    try:
+    with written_beside(path) as partial:
         partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -3,9 +3,9 @@
 import os
 from collections.abc import Sequence
 from pathlib import PurePath
+from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from dtpvit.datamodules.labelled_recipe import DecodedLabel, LabelledImage, RawLabelled
 from dtpvit.datamodules.labelled_shards import Sample
@@ -96,5 +96,5 @@ class _ImageFiles(Substituting[DecodedLabel]):
         raw = RawLabelled("/".join(PurePath(path).parts[-2:]), content, int(self._labels[record]))
         return self._recipe.decode(raw, epoch, repeat)
 
-    def collate(self, items: list[DecodedLabel]) -> dict[str, Tensor]:
+    def collate(self, items: list[DecodedLabel]) -> dict[str, Any]:
         return self._recipe.collate(items)

@@ -1,7 +1,7 @@
 """From a shard's or file's bytes to batches of augmented labelled images."""
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ class DecodedLabel(NamedTuple):
     image: Tensor
     label: int
     seed: int
+    key: str
 
 
 class LabelledImage:
@@ -70,14 +71,15 @@ class LabelledImage:
         image = decode_image(raw.image, upright=False)
         if not self.transform.fits(image):
             raise SkippedSample("broken image")
-        return DecodedLabel(self.transform(image, seed), raw.label, seed)
+        return DecodedLabel(self.transform(image, seed), raw.label, seed, raw.key)
 
-    def collate(self, samples: list[DecodedLabel]) -> dict[str, Tensor]:
-        """{"image": uint8 (B, 3, H, W), "label": int64 (B,), "seed": int64 (B,)}."""
+    def collate(self, samples: list[DecodedLabel]) -> dict[str, Any]:
+        """{"image": uint8 (B, 3, H, W), "label": int64 (B,), "seed": int64 (B,), "key": B names}."""
         return {
             "image": torch.stack([sample.image for sample in samples]),
             "label": torch.tensor([sample.label for sample in samples], dtype=torch.int64),
             "seed": torch.tensor([sample.seed for sample in samples], dtype=torch.int64),
+            "key": [sample.key for sample in samples],
         }
 
 

@@ -5,7 +5,6 @@ from typing import Any, Generic, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from dtpvit.datamodules.resumable import Resumable, steps_per_epoch
@@ -104,7 +103,7 @@ class ResumableLoader(Resumable, Generic[Raw, Sample]):
         totals = self._stream.skips.sum(0).tolist()
         return {cause: number for cause, number in zip(CAUSES, totals, strict=True) if number}
 
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+    def __iter__(self) -> Iterator[dict[str, Any]]:
         """The epoch's batches, or after ``load_state_dict`` the rest of them.
 
         Nothing happens before the first batch is asked for: Lightning calls ``iter`` ahead of ``set_epoch``.

@@ -88,6 +88,7 @@ class Decoded(NamedTuple):
     image: Tensor
     caption: str
     seed: int
+    key: str
 
 
 def read_samples(shard: str, skip: Callable[[str], None]) -> Iterator[tuple[str, dict[str, bytes]]]:
@@ -255,14 +256,15 @@ class ImageText:
             image = self.transform(decode_pixels(raw.image, self.transform.min_side), seed)
         else:
             image = self.transform(decode_image(raw.image))
-        return Decoded(image, caption, seed)
+        return Decoded(image, caption, seed, raw.key)
 
-    def collate(self, samples: list[Decoded]) -> dict[str, Tensor]:
-        """{"image": uint8 (B, 3, H, W), "text": int64 (B, context), "seed": int64 (B,)}."""
+    def collate(self, samples: list[Decoded]) -> dict[str, Any]:
+        """{"image": uint8 (B, 3, H, W), "text": int64 (B, context), "seed": int64 (B,), "key": B names}."""
         return {
             "image": torch.stack([sample.image for sample in samples]),
             "text": torch.stack(self._tokens([sample.caption for sample in samples])),
             "seed": torch.tensor([sample.seed for sample in samples], dtype=torch.int64),
+            "key": [sample.key for sample in samples],
         }
 
     def _tokens(self, captions: list[str]) -> list[Tensor]:

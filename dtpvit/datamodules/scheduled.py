@@ -9,7 +9,6 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dtpvit.datamodules.resumable import Resumable
@@ -86,7 +85,7 @@ class Substituting(Dataset[tuple[Any, list[tuple[int, str]]]], ABC, Generic[Item
         """
 
     @abstractmethod
-    def collate(self, items: list[Item]) -> dict[str, Tensor]:
+    def collate(self, items: list[Item]) -> dict[str, Any]:
         """A batch."""
 
     def __getitem__(self, draws: Draws) -> tuple[Any, list[tuple[int, str]]]:
@@ -171,7 +170,7 @@ class ScheduledLoader(Resumable):
         """Batches of this rank per epoch."""
         return self.steps
 
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+    def __iter__(self) -> Iterator[dict[str, Any]]:
         """The epoch's batches, or after ``load_state_dict`` the rest of them.
 
         Nothing happens before the first batch is asked for: Lightning calls ``iter`` ahead of ``set_epoch``.

@@ -34,7 +34,7 @@ class Recipe(Protocol[Raw, Sample]):
         """A sample, or ``SkippedSample``."""
         ...
 
-    def collate(self, samples: list[Sample], /) -> dict[str, Tensor]:
+    def collate(self, samples: list[Sample], /) -> dict[str, Any]:
         """A batch."""
         ...
 
@@ -99,7 +99,7 @@ class ShardStream(IterableDataset[tuple[int, int, Any]], Generic[Raw, Sample]):
 
     def _batches(
         self, raws: Iterator[Raw], epoch: int, logical: int, used: int
-    ) -> Iterator[tuple[int, int, dict[str, Tensor]]]:
+    ) -> Iterator[tuple[int, int, dict[str, Any]]]:
         samples: list[Sample] = []
         for raw in raws:
             used += 1

@@ -8,17 +8,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
-from safetensors.torch import save_file
 
 from dtpvit.encoder import DualEncoder, VisualTower
 from dtpvit.encoder.reducers import DynamicPooling
 from dtpvit.errors import UserError
+from dtpvit.interop.checkpoint_format import FORMAT, FORMAT_KEY
 from dtpvit.interop.create import build_clip
 from dtpvit.interop.instruction_models import is_instruction, load_instruction_model, save_instruction_model
 from dtpvit.interop.loading import chosen_model, load_state
 from dtpvit.interop.model_config import model_config, to_open_clip
 from dtpvit.interop.onnx_file import write_onnx
-from dtpvit.interop.weight_files import read_checkpoint, state_of
+from dtpvit.interop.weight_files import read_checkpoint, state_of, write_safetensors
+from dtpvit.output_file import write_json
 
 __all__ = ["export"]
 
@@ -72,10 +73,9 @@ def export(
 
 def _write_folder(clip: DualEncoder, config: Mapping[str, Any], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    state = {name: tensor.contiguous() for name, tensor in clip.state_dict().items()}
-    save_file(state, folder / "open_clip_model.safetensors")
+    write_safetensors(clip.state_dict(), folder / "open_clip_model.safetensors")
     described = {"model_cfg": to_open_clip(config), "preprocess_cfg": _preprocess(clip.visual)}
-    (folder / "open_clip_config.json").write_text(json.dumps(described, indent=2) + "\n")
+    write_json(folder / "open_clip_config.json", {**described, FORMAT_KEY: FORMAT})
     print(f"wrote {folder}: open_clip.create_model_and_transforms('local-dir:{folder}') after import dtpvit")
 
 

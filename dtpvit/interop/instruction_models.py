@@ -9,17 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
-from safetensors.torch import save_file
 from torch import Tensor
 
 from dtpvit.errors import UserError
 from dtpvit.interop.chat import Chat, Template
+from dtpvit.interop.checkpoint_format import FORMAT, FORMAT_KEY, check_format
 from dtpvit.interop.image_models import ImageClassifier, create_classifier, image_model, pixel_statistics, vision_config
 from dtpvit.interop.language_model import added_adapters, load_language_model, merged
 from dtpvit.interop.loading import difference, load_state
 from dtpvit.interop.model_config import model_config
 from dtpvit.interop.visual_language import Select, VisualLanguageModel
-from dtpvit.interop.weight_files import read_checkpoint, state_of
+from dtpvit.interop.weight_files import read_checkpoint, state_of, write_safetensors
+from dtpvit.output_file import write_json
 
 __all__ = [
     "InstructionModel",
@@ -210,9 +211,8 @@ def save_instruction_model(model: InstructionModel, folder: str | Path) -> None:
     words.save_pretrained(folder / _LANGUAGE)
     model.chat.tokenizer.save_pretrained(folder / _LANGUAGE)
     own = {name: value for name, value in model.model.state_dict().items() if not name.startswith("language_model.")}
-    save_file({name: value.contiguous() for name, value in own.items()}, folder / _OWN)
-    described = {**model.config, "language_model": _LANGUAGE}
-    (folder / _CONFIG).write_text(json.dumps(described, indent=2) + "\n")
+    write_safetensors(own, folder / _OWN)
+    write_json(folder / _CONFIG, {**model.config, "language_model": _LANGUAGE, FORMAT_KEY: FORMAT})
 
 
 def _from_folder(folder: Path) -> InstructionModel:
@@ -224,6 +224,7 @@ def _from_folder(folder: Path) -> InstructionModel:
         given = {name: config[name] for name in _ENTRIES}
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} is damaged ({error}); export the checkpoint anew") from error
+    check_format(config.get(FORMAT_KEY), file)
     given["language_model"] = str(folder / _LANGUAGE)
     found = create_instruction_model(**given)
     load_parts(found.model, state_of(read_checkpoint(folder / _OWN)), folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ import torch
 from torch import Tensor
 
 from dtpvit.errors import UserError
+from dtpvit.interop.checkpoint_format import FORMAT, FORMAT_KEY, migrate
+from dtpvit.output_file import written_beside
 
-__all__ = ["read_checkpoint", "state_of"]
+__all__ = ["damage", "read_checkpoint", "state_of", "write_safetensors"]
 
 _PREFIXES = ("module.", "_orig_mod.", "model.")
 
@@ -25,19 +28,24 @@ def read_checkpoint(path: str | Path, *, mmap: bool = False) -> dict[str, Any]:
             tensors are not to be kept, for they change, or end the process, if the file is written to.
 
     Raises:
-        UserError: If the file is absent, truncated, or holds more than tensors and plain values.
+        UserError: If the file is absent, truncated, holds more than tensors and plain values, or is of a newer format.
     """
-    path = Path(path)
+    content = _read(Path(path), mmap)
+    migrate(content, f"checkpoint {path}")
+    return content
+
+
+def _read(path: Path, mmap: bool) -> dict[str, Any]:
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
         raise UserError(f"checkpoint {path} {what}; expected a .ckpt, .pt, .pth, .bin or .safetensors file")
     try:
         if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
+            return _read_safetensors(path)
         mmap = mmap and zipfile.is_zipfile(path)  # files in the format before torch 1.6 cannot be mapped
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except UserError:
+        raise
     except Exception as error:  # torch's reader raises nearly anything on a file that is not its own
         # torch's own message advises to switch the safety off.
         what = (
@@ -49,6 +57,59 @@ def read_checkpoint(path: str | Path, *, mmap: bool = False) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"checkpoint {path} holds a {type(content).__name__}; expected a mapping of names to tensors")
     return content
+
+
+def up_to_date(path: str | Path) -> str | Path | io.BytesIO:
+    """The file, or where it is of an older format its content in the present one, for readers that are not ours.
+
+    Raises:
+        UserError: As :func:`read_checkpoint`.
+    """
+    content = _read(Path(path), mmap=True)
+    if not migrate(content, f"checkpoint {path}"):
+        return path
+    stream = io.BytesIO()
+    torch.save(content, stream)
+    stream.seek(0)
+    return stream
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a torch file, every byte of which is read and compared with its checksum; None if nothing.
+
+    torch itself looks at the end of the file and at no checksum: a file with a hole in its middle loads.
+    """
+    try:
+        if not zipfile.is_zipfile(path):  # the format before torch 1.6 has no checksums
+            read_checkpoint(path)
+            return None
+        with zipfile.ZipFile(path) as file:
+            broken = file.testzip()
+    except (OSError, UserError, zipfile.BadZipFile):
+        return "cannot be read to its end"
+    return None if broken is None else f"has a wrong checksum in {broken}"
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        recorded = (file.metadata() or {}).get(FORMAT_KEY)
+        state = {name: file.get_tensor(name) for name in file.keys()}
+    if recorded is None:
+        return state
+    content = {"state_dict": state, FORMAT_KEY: int(recorded) if recorded.isdecimal() else recorded}
+    migrate(content, f"checkpoint {path}")
+    return content["state_dict"]
+
+
+def write_safetensors(state: dict[str, Tensor], path: Path) -> None:
+    """Write tensors, with the number of the format in the file's metadata."""
+    from safetensors.torch import save_file
+
+    state = {name: tensor.contiguous() for name, tensor in state.items()}
+    with written_beside(path) as partial:
+        save_file(state, partial, metadata={"format": "pt", FORMAT_KEY: str(FORMAT)})
 
 
 def state_of(checkpoint: dict[str, Any]) -> dict[str, Tensor]:

@@ -21,9 +21,10 @@ from dtpvit.evaluation.agreement import Outcome, answers, forward_seconds, outco
 from dtpvit.evaluation.arguments import chosen_device
 from dtpvit.evaluation.equal_cost import merge_to_cost
 from dtpvit.evaluation.measuring import machine
+from dtpvit.interop.checkpoint_format import FORMAT, FORMAT_KEY
 from dtpvit.interop.preprocessing import eval_transform
 from dtpvit.interop.pretrained import Pretrained, load_pretrained
-from dtpvit.output_file import output_file
+from dtpvit.output_file import output_file, written_beside
 from dtpvit.tasks.adaptation import adapt_encoder
 
 __all__ = ["adapt"]
@@ -178,5 +179,6 @@ def _write(pretrained: Pretrained, path: Path) -> None:
         print(f"dtpvit: mind that this model's images are normalised by {pretrained.mean} and {pretrained.std}")
     state = {name: tensor.detach().clone() for name, tensor in pretrained.model.state_dict().items()}
     version = {"pytorch-lightning_version": lightning.__version__}  # without it Lightning takes the file for an old one
-    torch.save({"state_dict": state, "hyper_parameters": about, **version}, path)
+    with written_beside(path) as partial:
+        torch.save({"state_dict": state, "hyper_parameters": about, FORMAT_KEY: FORMAT, **version}, partial)
     print(f"dtpvit: wrote {path}")

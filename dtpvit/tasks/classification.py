@@ -187,6 +187,7 @@ class Classification(ImageTask):
         return batch if self._cache is None else self._cache.look_up(batch, training=self.trainer.training)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_start(batch, batch_idx)
         self.compression.set(self.global_step)
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:

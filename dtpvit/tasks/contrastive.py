@@ -165,7 +165,7 @@ class Contrastive(ImageTask):
         if "seed" not in batch:
             batch["seed"] = draw_seeds(len(batch["image"]), self.device)
         size = math.ceil(len(batch["image"]) / pieces)
-        split = {name: value.split(size) for name, value in batch.items()}
+        split = {name: value.split(size) for name, value in batch.items() if isinstance(value, Tensor)}
         micro: list[Batch] = [dict(zip(split, values, strict=True)) for values in zip(*split.values(), strict=True)]
         images = [self.normalise(piece["image"]) for piece in micro]
         thresholds = joint_thresholds(self.model.visual.trunk, images, [piece["seed"] for piece in micro])

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import lightning
 import torch
@@ -12,11 +13,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dtpvit.encoder import DualEncoder, Encoding, ImageEncoder
+from dtpvit.interop.checkpoint_format import FORMAT, FORMAT_KEY, migrate
 from dtpvit.interop.dense_weights import Transfer, load_dense
+from dtpvit.interop.weight_files import up_to_date
 from dtpvit.tasks.checkpoint_names import use_model_names
 from dtpvit.tasks.optimization import NonFiniteGuard
 from dtpvit.tasks.resuming import continue_data
 from dtpvit.tasks.skipped_samples import report_skipped
+from dtpvit.tasks.suspects import Suspects
 
 __all__ = ["ImageTask"]
 
@@ -45,7 +49,7 @@ class ImageTask(lightning.LightningModule):
         """
         for name, values in (("pixel_mean", mean), ("pixel_std", std)):
             self.register_buffer(name, 255 * torch.tensor(values).view(1, 3, 1, 1), persistent=False)
-        self.guard = NonFiniteGuard(max_nonfinite)
+        self.guard, self.suspects = NonFiniteGuard(max_nonfinite), Suspects()
         self._last_loss = torch.zeros(())
         use_model_names(self)
 
@@ -93,11 +97,39 @@ class ImageTask(lightning.LightningModule):
         self._last_loss = loss.detach()
         super().backward(loss, *args, **kwargs)
 
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.suspects.see(batch)
+
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:  # once a step, however many batches it gathers
         self.trunk.after_backward()
-        self.guard.after_backward(self._last_loss, self.parameters(), scaled=self.trainer.precision == "16-mixed")
+        scaled = self.trainer.precision == "16-mixed"
+        if self.guard.after_backward(self._last_loss, self.parameters(), scaled=scaled):
+            self.suspects.acquit()
+        else:
+            self.suspects.keep(epoch=self.current_epoch, step=self.global_step, loss=self._last_loss)
+            self.guard.give_up(self._list_suspects() if self.guard.in_a_row >= self.guard.patience else "")
         if self.guard.skipped:
             self.log("train/skipped_steps", float(self.guard.skipped))
+
+    def _list_suspects(self) -> str:
+        path = Path(self.trainer.default_root_dir) / f"nonfinite-rank{self.global_rank}.jsonl"
+        return f"; the samples of these steps are listed in {path}" if self.suspects.write(path) else ""
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint[FORMAT_KEY] = FORMAT
+        checkpoint["nonfinite"] = {"skipped": self.guard.skipped, "in_a_row": self.guard.in_a_row}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        migrate(checkpoint, "the checkpoint")
+        counts = checkpoint.get("nonfinite", {"skipped": 0, "in_a_row": 0})
+        self.guard.skipped, self.guard.in_a_row = counts["skipped"], counts["in_a_row"]
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **options: Any) -> Self:  # pyright: ignore
+        """Lightning's; an older checkpoint is brought up to date before the task is built by the options in it."""
+        if isinstance(checkpoint_path, str | Path) and options.get("weights_only") is not False:
+            checkpoint_path = up_to_date(checkpoint_path)
+        return super().load_from_checkpoint(checkpoint_path, *args, **options)
 
     def on_train_epoch_end(self) -> None:
         report_skipped(self)

@@ -111,7 +111,7 @@ def optimizer_and_schedule(task: lightning.LightningModule, groups: list[dict[st
 
 
 class NonFiniteGuard:
-    """Skips a step whose loss or gradient is NaN or infinite on any rank, and gives up after too many in a row.
+    """Skips a step whose loss or gradient is NaN or infinite on any rank, and counts such steps.
 
     Args:
         patience: Consecutive skipped steps after which the run stops.
@@ -130,7 +130,7 @@ class NonFiniteGuard:
             torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MIN)
         return bool(flag.item())
 
-    def after_backward(self, loss: Tensor, parameters: Iterable[nn.Parameter], *, scaled: bool) -> None:
+    def after_backward(self, loss: Tensor, parameters: Iterable[nn.Parameter], *, scaled: bool) -> bool:
         """Drop all gradients if the loss or one of them is not finite, so that the optimizer's step changes nothing.
 
         Args:
@@ -139,21 +139,32 @@ class NonFiniteGuard:
             scaled: Whether a gradient scaler (fp16) looks after the gradients; it expects to overflow at times and
                 skips such steps itself, so that only the loss is looked at and nothing is dropped.
 
-        Raises:
-            UserError: After ``patience`` such steps in a row.
+        Returns:
+            Whether the step is sound, the same on all ranks.
         """
         parameters = list(parameters)
         grads = [] if scaled else [parameter.grad for parameter in parameters if parameter.grad is not None]
         if self.finite_everywhere([loss, *grads]):
             self.in_a_row = 0
-            return
+            return True
         if not scaled:
             for parameter in parameters:
                 parameter.grad = None
         self.skipped += 1
         self.in_a_row += 1
+        return False
+
+    def give_up(self, listed: str) -> None:
+        """Stop the run if too many steps in a row were skipped.
+
+        Args:
+            listed: Where their samples are listed, for the message; empty if nowhere.
+
+        Raises:
+            UserError: After ``patience`` of them, the same on all ranks.
+        """
         if self.in_a_row >= self.patience:
             raise UserError(
                 f"the loss or its gradient was NaN or infinite for {self.in_a_row} steps in a row; lower the learning "
-                "rate, clip gradients (--trainer.gradient_clip_val 1.0), or use --trainer.precision 32-true"
+                "rate, clip gradients (--trainer.gradient_clip_val 1.0), or use --trainer.precision 32-true" + listed
             )
