@@ -16,11 +16,12 @@ from dtpvit.interop.dense_weights import Transfer, load_dense
 from dtpvit.tasks.checkpoint_names import use_model_names
 from dtpvit.tasks.optimization import NonFiniteGuard
 from dtpvit.tasks.resuming import continue_data
-from dtpvit.tasks.skipped_samples import report_skipped
+from dtpvit.tasks.skipped_samples import check_skipped, report_skipped
 
 __all__ = ["ImageTask"]
 
 logger = logging.getLogger(__name__)
+_CHECKED_EVERY = 64  # batches
 
 
 class ImageTask(lightning.LightningModule):
@@ -99,5 +100,12 @@ class ImageTask(lightning.LightningModule):
         if self.guard.skipped:
             self.log("train/skipped_steps", float(self.guard.skipped))
 
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        # At the first few batches, which are long in coming if hardly a sample can be used, and at times from then on.
+        number = batch_idx + 1
+        if number % _CHECKED_EVERY == 0 or number.bit_count() == 1:
+            check_skipped(self)
+
     def on_train_epoch_end(self) -> None:
         report_skipped(self)
+        check_skipped(self)
