@@ -2,6 +2,7 @@
 
 import json
 import re
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -90,7 +91,7 @@ def image_names(record: Any) -> list[str]:
     found = record.get("image") or record.get("images") or []
     names = found if isinstance(found, list) else [found]
     if not all(isinstance(name, str) and name for name in names):
-        raise BadRecord("unreadable record", f"images are {found!r}"[:200])
+        raise BadRecord("unreadable record", f"images are {reprlib.repr(found)}")
     return names
 
 
@@ -134,7 +135,7 @@ def _turns(record: Any) -> list[tuple[Role, str]]:
     for turn in found:
         role, text = turn.get(who), turn.get(what)
         if not isinstance(role, str) or role not in _ROLES:
-            raise BadRecord("unknown role", f"{who} is {role!r}"[:200])
+            raise BadRecord("unknown role", f"{who} is {reprlib.repr(role)}")
         if not isinstance(text, str) and not (text is None and _ROLES[role] == "assistant"):
             raise BadRecord("unreadable record", f"{what} is a {type(text).__name__} where text was expected")
         turns.append((_ROLES[role], text or ""))

@@ -1,6 +1,5 @@
 """Instruction data sets: which records can be used, why others cannot, and where their images lie."""
 
-import json
 import logging
 from array import array
 from collections import Counter
@@ -19,12 +18,13 @@ from dtpvit.datamodules.conversation_record import (
     parse_conversation,
     record_id,
 )
-from dtpvit.datamodules.image_places import ImagePlaces, Place, image_places
+from dtpvit.datamodules.image_places import ImagePlaces, Place, image_places, read_place
 from dtpvit.datamodules.labelled_shards import IMAGES
 from dtpvit.datamodules.samples import sample_seed
 from dtpvit.datamodules.shards import expand_shards
 from dtpvit.datamodules.tars import BrokenTar, index_members
 from dtpvit.errors import UserError
+from dtpvit.json_input import parse_json
 
 __all__ = ["Conversations", "Skipped", "read_conversations"]
 
@@ -108,9 +108,10 @@ def read_conversations(data: str, images: str | None = None) -> Conversations:
     skipped = list[Skipped]()
     found = Conversations(data, _all_usable(source, path.name, skipped), skipped)
     if not len(found):
+        such_as = f"; such as {skipped[0].detail}" if skipped else ""
         raise UserError(
-            f"{data} has no record that can be used ({_causes(skipped) or 'it is empty'}): "
-            "give conversations as LLaVA's, with their images."
+            f"{data} has no record that can be used ({_causes(skipped) or 'it is empty'}{such_as}): "
+            "give conversations as LLaVA's, with their images; shards must be on this machine, and not compressed."
         )
     if skipped:
         logger.warning("%s: %d records cannot be used (%s)", data, len(skipped), _causes(skipped))
@@ -160,8 +161,7 @@ def _of_file(path: Path, places: ImagePlaces) -> Iterator[tuple[Any, _Where]]:
 
 def _json_list(path: Path) -> list[Any]:
     try:
-        with path.open(encoding="utf-8-sig") as file:
-            records = json.load(file)
+        records = parse_json(path.read_bytes().removeprefix(b"\xef\xbb\xbf"))
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): give a .json or .jsonl of conversations.") from None
     except ValueError as error:
@@ -188,29 +188,34 @@ def _of_shards(data: str) -> Iterator[tuple[Any, _Where]]:
         try:
             yield from _of_shard(shard)
         except (BrokenTar, OSError) as error:
-            raise UserError(
-                f"{shard} is no sound, uncompressed tar on this machine ({error}): download it again, or decompress it."
-            ) from error
+            yield BadRecord("unreadable shard", str(error)), list[Place]()
 
 
 def _of_shard(shard: str) -> Iterator[tuple[Any, list[Place]]]:
+    """The records before the place where a damaged shard breaks, but for the last, which may be incomplete."""
     samples: dict[str, dict[str, Place]] = {}
-    for name, offset, size in index_members(shard):
-        folder, _, base = name.rpartition("/")
-        stem, _, ending = base.partition(".")
-        samples.setdefault(f"{folder}/{stem}", {})[ending.lower()] = Place(shard, offset, size)
-    with open(shard, "rb") as file:
-        for parts in samples.values():
-            if (record := parts.get("json")) is not None:
-                file.seek(record.offset)
-                images = sorted(ending for ending in parts if f".{ending}".endswith(IMAGES))
-                yield _json(file.read(record.size)), [parts[ending] for ending in images]
+    damage = None
+    try:
+        for name, offset, size in index_members(shard):
+            folder, _, base = name.rpartition("/")
+            stem, _, ending = base.partition(".")
+            samples.setdefault(f"{folder}/{stem}", {})[ending.lower()] = Place(shard, offset, size)
+    except BrokenTar as error:
+        damage = error
+        if samples:
+            samples.popitem()
+    for parts in samples.values():
+        if (record := parts.get("json")) is not None:
+            images = sorted(ending for ending in parts if f".{ending}".endswith(IMAGES))
+            yield _json(read_place(record)), [parts[ending] for ending in images]
+    if damage is not None:
+        raise damage
 
 
 def _json(text: bytes) -> Any:
     """The record, or what is wrong with it."""
     try:
-        return json.loads(text)
+        return parse_json(text)
     except ValueError as error:
         return BadRecord("unreadable record", str(error))
 

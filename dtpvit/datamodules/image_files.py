@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from dtpvit.datamodules.image_places import Place, read_place
 from dtpvit.datamodules.labelled_recipe import DecodedLabel, LabelledImage, RawLabelled
 from dtpvit.datamodules.labelled_shards import Sample
 from dtpvit.datamodules.resumable import steps_per_epoch
-from dtpvit.datamodules.samples import SkippedSample
 from dtpvit.datamodules.scheduled import Schedule, ScheduledLoader, Substituting
 
 __all__ = ["ImageFileLoader"]
@@ -37,6 +37,7 @@ class ImageFileLoader(ScheduledLoader):
         repeats: How often an image occurs in its epoch.
         fixed: Every epoch is as the first, order and augmentation.
         seed: Of the order and, through the recipe, of augmentation.
+        max_skipped: As of ``ScheduledLoader``.
         rank, world_size: Of this process; never read from the environment.
 
     Attributes:
@@ -56,6 +57,7 @@ class ImageFileLoader(ScheduledLoader):
         repeats: int = 1,
         fixed: bool = False,
         seed: int = 0,
+        max_skipped: float = 1.0,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
@@ -67,6 +69,7 @@ class ImageFileLoader(ScheduledLoader):
             num_workers=num_workers,
             fixed=fixed,
             layout=layout | {"repeats": repeats, "seed": seed},
+            max_skipped=max_skipped,
         )
 
 
@@ -88,11 +91,7 @@ class _ImageFiles(Substituting[DecodedLabel]):
 
     def load(self, record: int, epoch: int, repeat: int) -> DecodedLabel:
         path = self.name(record)
-        try:
-            with open(path, "rb") as file:
-                content = file.read()
-        except OSError:
-            raise SkippedSample("unreadable file") from None
+        content = read_place(Place(path))
         raw = RawLabelled("/".join(PurePath(path).parts[-2:]), content, int(self._labels[record]))
         return self._recipe.decode(raw, epoch, repeat)
 

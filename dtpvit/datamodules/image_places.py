@@ -2,13 +2,14 @@
 
 import os
 import posixpath
+import stat
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from dtpvit.datamodules.samples import SkippedSample
-from dtpvit.datamodules.tars import BrokenTar, index_members
+from dtpvit.datamodules.tars import MOST_BYTES, BrokenTar, index_members
 from dtpvit.errors import UserError
 
 __all__ = ["ImageFolder", "ImagePlaces", "ImageTar", "Place", "image_places", "read_place"]
@@ -85,14 +86,21 @@ def read_place(place: Place) -> bytes:
     """The image's bytes.
 
     Raises:
-        SkippedSample: If they cannot be read.
+        SkippedSample: If they cannot be read, are no file's (a device's would never end), or are more than
+            ``MOST_BYTES``.
     """
     try:
-        with open(place.path, "rb") as file:
+        # A pipe without a writer would be waited for.
+        with open(os.open(place.path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise SkippedSample("unreadable file")
             file.seek(place.offset)
-            return file.read(place.size)
-    except OSError:
+            data = file.read(MOST_BYTES + 1 if place.size < 0 else min(place.size, MOST_BYTES + 1))
+    except (OSError, ValueError):  # the latter where the name is none that a file can have
         raise SkippedSample("unreadable file") from None
+    if len(data) > MOST_BYTES:
+        raise SkippedSample("oversized image")
+    return data
 
 
 def _listing(folder: str) -> frozenset[str]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from dtpvit.datamodules.bad_share import check_max_skipped
 from dtpvit.datamodules.labelled import LabelledLoader
 from dtpvit.datamodules.labelled_index import LabelledIndex, index_labelled
 from dtpvit.datamodules.loader import ResumableLoader
@@ -48,6 +49,8 @@ class ImageTextShards(TrainedData):
         shuffle_buffer: Undecoded samples that each worker holds back for shuffling.
         captions_field: List of captions in a sample's json, of which each epoch takes one.
         seed: Of shuffling, crops and the samples' own seeds.
+        max_skipped: Share of bad samples above which the run stops, over all processes and as soon as 500 of an epoch's
+            are known; 1 never stops.
         get_data: Where the missing data is explained, for the error message ("see data/cc12m/README.md").
     """
 
@@ -71,6 +74,7 @@ class ImageTextShards(TrainedData):
         shuffle_buffer: int = 2000,
         captions_field: str | None = "captions",
         seed: int = 0,
+        max_skipped: float = 0.1,
         get_data: str | None = None,
     ) -> None:
         super().__init__()
@@ -88,6 +92,7 @@ class ImageTextShards(TrainedData):
         self.crop_scale, self.flip = (float(crop_scale[0]), float(crop_scale[1])), flip
         self.shuffle_buffer, self.captions_field = shuffle_buffer, captions_field
         self.seed, self.get_data = seed, get_data
+        self.max_skipped = check_max_skipped(max_skipped)
         self._train_shards: list[str] = []
         self._val_shards: list[str] = []
         self._index: LabelledIndex | None = None
@@ -138,6 +143,7 @@ class ImageTextShards(TrainedData):
             num_samples=self.num_samples,
             shuffle_buffer=0 if self._overfits else self.shuffle_buffer,
             seed=self.seed,
+            max_skipped=self.max_skipped,
             rank=self._rank,
             world_size=self._world_size,
         )

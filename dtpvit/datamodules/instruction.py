@@ -1,9 +1,11 @@
 """Conversations about images, to tune a visual language model on."""
 
 import logging
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from dtpvit.datamodules.bad_share import Examples, Seen, check_max_skipped, too_many_bad
 from dtpvit.datamodules.conversation_loader import ConversationLoader, ConversationSamples, GroupedSchedule
 from dtpvit.datamodules.conversations import Conversations, read_conversations
 from dtpvit.datamodules.labelled import check_batching
@@ -53,6 +55,9 @@ class InstructionData(TrainedData):
         limit_train: Keep this many training records, always the same ones.
         seed: Of the order, and of the images' own seeds.
         report: File that lists the records that cannot be used; None is ``skipped.jsonl`` in the run's folder.
+        max_skipped: Share of bad records above which the run stops: of the file, where it has 500, before any work
+            starts, and of those with broken images, over all processes and as soon as 500 of an epoch's were read; 1
+            never stops.
         get_data: Where the missing data is explained, for the error message ("see data/llava/README.md").
     """
 
@@ -77,6 +82,7 @@ class InstructionData(TrainedData):
         limit_train: int | None = None,
         seed: int = 0,
         report: str | None = None,
+        max_skipped: float = 0.1,
         get_data: str | None = None,
     ) -> None:
         super().__init__()
@@ -93,6 +99,7 @@ class InstructionData(TrainedData):
         self.group_by_length, self.max_turns, self.shuffle_turns = group_by_length, max_turns, shuffle_turns
         self.independent_turns, self.limit_train = independent_turns, limit_train
         self.seed, self.report, self.get_data = seed, report, get_data
+        self.max_skipped = check_max_skipped(max_skipped)
         self._train: Conversations | None = None
         self._val: Conversations | None = None
         self._skipped_report: SkippedReport | None = None
@@ -110,6 +117,7 @@ class InstructionData(TrainedData):
         with self._saying_where():
             if stage in ("fit", None) and self.train is not None:
                 found = read_conversations(self.train, self.images)
+                self._check_records(found)
                 self._train = found if self.limit_train is None else found.limited(self.limit_train)
             if self.val is not None:
                 self._val = read_conversations(self.val, self.val_images)
@@ -146,6 +154,7 @@ class InstructionData(TrainedData):
             fixed=self._overfits,
             layout=layout
             | {name: int(getattr(self, name) or 0) for name in ("group_by_length", "shuffle_turns", "max_turns")},
+            max_skipped=self.max_skipped,
             on_broken=self._listing(self._train, samples),
         )
 
@@ -170,6 +179,16 @@ class InstructionData(TrainedData):
     def predict_dataloader(self) -> ConversationLoader | list[Any]:
         """The validation loader."""
         return self.val_dataloader()
+
+    def _check_records(self, found: Conversations) -> None:
+        """Every rank reads the same file, and comes to the same end."""
+        causes = Counter(one.cause for one in found.skipped)
+        examples = Examples()
+        for one in found.skipped:
+            examples.add(one.cause, f"record {one.record}, {one.detail}")
+        seen = Seen(found=len(found), lost=len(found.skipped), tried=len(found), usable=len(found))
+        if error := too_many_bad(seen, self.max_skipped, causes, examples.new()):
+            raise error
 
     @property
     def _transform(self) -> EvalTransform:

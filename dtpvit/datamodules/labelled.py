@@ -3,14 +3,15 @@
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from io import BytesIO
 
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from dtpvit.datamodules.image_places import Place, read_place
 from dtpvit.datamodules.labelled_index import LabelledIndex, Sample, index_labelled
+from dtpvit.datamodules.samples import SkippedSample, decode_image
 from dtpvit.datamodules.worker_signals import outlive_signals
 from dtpvit.errors import UserError
 from dtpvit.interop.preprocessing import eval_transform
@@ -125,23 +126,14 @@ class _Images(Dataset[tuple[Tensor | None, Sample]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor | None, Sample]:
         sample = self.samples[index]
-        try:
-            image = _decode(sample)
-        except Exception:
-            # Decoders raise nearly anything on a broken file: OSError, SyntaxError, struct.error, zlib.error.
-            return None, sample
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's remarks on EXIF and palettes concern nobody here
+            try:
+                # As in timm and torchvision an EXIF orientation is not heeded.
+                image = decode_image(read_place(Place(sample.path, sample.offset, sample.size)), upright=False)
+            except SkippedSample:
+                return None, sample
         return self.transform(image), sample
-
-
-def _decode(sample: Sample) -> Image.Image:
-    with open(sample.path, "rb") as file:
-        file.seek(sample.offset)
-        content = file.read(sample.size)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's remarks on EXIF and palettes concern nobody here
-        image = Image.open(BytesIO(content))
-        image.load()
-    return image
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import logging
 from typing import Any
 
 from dtpvit.datamodules.augment import Augmentation, Unaugmented
+from dtpvit.datamodules.bad_share import check_max_skipped
 from dtpvit.datamodules.image_files import ImageFileLoader
 from dtpvit.datamodules.labelled import LabelledLoader, check_batching
 from dtpvit.datamodules.labelled_index import LabelledIndex, index_labelled
@@ -60,6 +61,8 @@ class LabelledImages(TrainedData):
             if these are missing, counts.
         shuffle_buffer: Undecoded samples of shards that each worker holds back for shuffling.
         seed: Of shuffling, augmentation and the samples' own seeds.
+        max_skipped: Share of bad samples above which the run stops, over all processes and as soon as 500 of an epoch's
+            are known; 1 never stops.
         get_data: Where the missing data is explained, for the error message ("see data/imagenet/README.md").
     """
 
@@ -90,6 +93,7 @@ class LabelledImages(TrainedData):
         num_samples: int | None = None,
         shuffle_buffer: int = 2000,
         seed: int = 0,
+        max_skipped: float = 0.1,
         get_data: str | None = None,
     ) -> None:
         super().__init__()
@@ -113,6 +117,7 @@ class LabelledImages(TrainedData):
         self.repeats, self.crop_pct, self.interpolation = repeats, crop_pct, interpolation
         self.limit_train, self.num_samples, self.shuffle_buffer = limit_train, num_samples, shuffle_buffer
         self.seed, self.get_data = seed, get_data
+        self.max_skipped = check_max_skipped(max_skipped)
         # Whatever is wrong with these is said before any data is looked for.
         Augmentation(32, **self.augmentation)
         self._eval_transform(32)
@@ -153,6 +158,7 @@ class LabelledImages(TrainedData):
             "batch_size": self.batch_size,
             "num_workers": self.num_workers,
             "seed": self.seed,
+            "max_skipped": self.max_skipped,
             "rank": self._rank,
             "world_size": self._world_size,
         }

@@ -1,13 +1,13 @@
 """From a shard's or file's bytes to batches of augmented labelled images."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dtpvit.datamodules.augment import Augmentation, Unaugmented
-from dtpvit.datamodules.samples import IMAGE_ENDINGS, SkippedSample, decode_image, read_samples, sample_seed
+from dtpvit.datamodules.samples import IMAGE_ENDINGS, Skip, SkippedSample, decode_image, read_samples, sample_seed
 from dtpvit.errors import UserError
 
 __all__ = ["DecodedLabel", "LabelledImage", "RawLabelled", "check_label"]
@@ -44,7 +44,7 @@ class LabelledImage:
         self.num_classes = num_classes
         self.seed = seed
 
-    def read(self, shard: str, skip: Callable[[str], None]) -> Iterator[RawLabelled]:
+    def read(self, shard: str, skip: Skip) -> Iterator[RawLabelled]:
         """The samples of a shard that have an image and a ``.cls``, undecoded.
 
         Raises:
@@ -53,9 +53,9 @@ class LabelledImage:
         for key, parts in read_samples(shard, skip):
             image = next((parts[ending] for ending in IMAGE_ENDINGS if ending in parts), None)
             if not image:
-                skip("no image")
+                skip("no image", key)
             elif not parts.get("cls", b"").strip():
-                skip("no label")
+                skip("no label", key)
             else:
                 yield RawLabelled(key, image, _label(parts["cls"], key, self.num_classes))
 

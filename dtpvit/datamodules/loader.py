@@ -7,9 +7,10 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
 
+from dtpvit.datamodules.bad_share import Seen
 from dtpvit.datamodules.resumable import Resumable, steps_per_epoch
 from dtpvit.datamodules.samples import CAUSES
-from dtpvit.datamodules.shards import count_samples, shard_counts
+from dtpvit.datamodules.shards import shard_counts
 from dtpvit.datamodules.stream import Recipe, ShardStream
 from dtpvit.datamodules.worker_signals import outlive_signals
 from dtpvit.errors import UserError
@@ -38,7 +39,11 @@ class ResumableLoader(Resumable, Generic[Raw, Sample]):
         shuffle_buffer: Undecoded samples held back for shuffling, per worker, in training; 0 makes every
             epoch the same, in the order of the shards.
         seed: Of shard order, shuffling and (through the recipe) augmentation.
+        max_skipped: Share of bad samples above which whoever trains should stop; see ``bad_share``.
         rank, world_size: Of this process; never read from the environment.
+
+    Attributes:
+        examples: Some of the samples left out since the present epoch's iteration began: cause and place.
 
     Raises:
         UserError: If training cannot know the number of samples, or they do not fill one batch on every rank.
@@ -55,11 +60,14 @@ class ResumableLoader(Resumable, Generic[Raw, Sample]):
         num_samples: int | None = None,
         shuffle_buffer: int = 2000,
         seed: int = 0,
+        max_skipped: float = 1.0,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        self.batch_size = batch_size
-        self.num_samples = count_samples(shards) if num_samples is None else num_samples
+        self.batch_size, self.max_skipped = batch_size, max_skipped
+        self.examples: list[tuple[str, str]] = []
+        counts = shard_counts(shards)
+        self.num_samples = _sum(counts) if num_samples is None else num_samples
         self.steps = _steps(self.num_samples, len(shards), batch_size, world_size) if train else None
         self._consumers = max(1, num_workers)
         self._stream = ShardStream(
@@ -71,9 +79,11 @@ class ResumableLoader(Resumable, Generic[Raw, Sample]):
             seed,
             rank,
             world_size,
+            {shard: count for shard, count in zip(shards, counts, strict=True) if count is not None},
         )
         self._stream.control = torch.zeros(_FIELDS + self._consumers, dtype=torch.int64).share_memory_()
         self._stream.skips = torch.zeros(self._consumers, len(CAUSES), dtype=torch.int64).share_memory_()
+        self._stream.seen = torch.zeros(self._consumers, len(Seen._fields), dtype=torch.int64).share_memory_()
         self._loader = DataLoader(
             self._stream,
             batch_size=None,
@@ -103,6 +113,11 @@ class ResumableLoader(Resumable, Generic[Raw, Sample]):
         totals = self._stream.skips.sum(0).tolist()
         return {cause: number for cause, number in zip(CAUSES, totals, strict=True) if number}
 
+    @property
+    def seen(self) -> Seen:
+        """How many samples were read since the present epoch's iteration began, over this rank's workers."""
+        return Seen(*self._stream.seen.sum(0).tolist())
+
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """The epoch's batches, or after ``load_state_dict`` the rest of them.
 
@@ -113,7 +128,9 @@ class ResumableLoader(Resumable, Generic[Raw, Sample]):
         self._resuming = False
         control = [self._epoch, self._position, self._salt, *self._used]
         self._stream.control.copy_(torch.tensor(control, dtype=torch.int64))
-        for logical, used, batch in self._loader:
+        self.examples = []
+        for logical, used, batch, bad in self._loader:
+            self.examples += bad
             if isinstance(batch, str):
                 # Now, for the garbage collector may close their queues first and then wait for them in vain.
                 self._stop_workers()
@@ -150,10 +167,10 @@ class ResumableLoader(Resumable, Generic[Raw, Sample]):
     def _count_batches(self) -> int | None:
         if self.steps is not None:
             return self.steps
-        counts = [number for number in shard_counts(self._stream.shards) if number is not None]
-        if len(counts) < len(self._stream.shards):
+        sizes, shards = self._stream.sizes, self._stream.shards
+        if len(sizes) < len(shards):
             return None
-        return self._stream.expected_batches(counts, self._consumers)
+        return self._stream.expected_batches([sizes[shard] for shard in shards], self._consumers)
 
     def _start_epoch(self, epoch: int) -> None:
         super()._start_epoch(epoch)
@@ -169,6 +186,11 @@ class ResumableLoader(Resumable, Generic[Raw, Sample]):
             "shuffle_buffer": stream.shuffle_buffer,
             "seed": stream.seed,
         }
+
+
+def _sum(counts: Sequence[int | None]) -> int | None:
+    known = [count for count in counts if count is not None]
+    return sum(known) if len(known) == len(counts) else None
 
 
 def _steps(num_samples: int | None, num_shards: int, batch_size: int, world_size: int) -> int:

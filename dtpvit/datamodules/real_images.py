@@ -74,7 +74,7 @@ def _from_files(files: list[Path], count: int) -> Iterator[tuple[bytes, str]]:
 
 def _from_shards(source: str) -> Iterator[tuple[bytes, str]]:
     for shard in expand_shards(source):
-        for _, parts in read_samples(shard, lambda cause: None):
+        for _, parts in read_samples(shard, lambda cause, where: None):
             image = next((parts[ending] for ending in IMAGE_ENDINGS if ending in parts), None)
             if image:
                 yield image, parts.get("txt", b"").decode("utf-8", "replace").strip()

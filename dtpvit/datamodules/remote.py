@@ -54,6 +54,10 @@ class RemoteStream:
         self._position += len(data)
         return data
 
+    def tell(self) -> int:
+        """How many bytes were read."""
+        return self._position
+
     def close(self) -> None:
         """Let go of the connection; whether it ended well does not matter any more."""
         stream, self._stream = self._stream, None

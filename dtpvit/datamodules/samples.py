@@ -1,8 +1,8 @@
 """From a shard to image-text batches: read, filter, decode, collate; what is broken is skipped, counted."""
 
 import io
-import json
 import logging
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,6 +18,7 @@ from torch import Tensor
 from dtpvit.datamodules.tars import Fault, scan_shard
 from dtpvit.datamodules.transforms import TrainTransform, to_pixels
 from dtpvit.interop.preprocessing import EvalTransform, to_rgb
+from dtpvit.json_input import parse_json
 
 __all__ = [
     "CAUSES",
@@ -25,6 +26,7 @@ __all__ = [
     "Decoded",
     "ImageText",
     "RawSample",
+    "Skip",
     "SkippedSample",
     "captions_of",
     "decode_image",
@@ -47,6 +49,9 @@ CAUSES = (
 IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp")
 
 _MAX_PIXELS = 89_478_485  # 256 MiB of RGB, where PIL too starts to suspect a decompression bomb
+_MOST_SCANS = 100  # of a progressive JPEG, which has about ten; each costs the time of a whole decoding
+_LONGEST_CAPTION = 10_000  # characters, several times what a text tower reads
+_LONG_WORD = re.compile(r"(\S{1000})\S+")  # pairing the bytes of such a one takes seconds, then minutes
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 _CACHED_CAPTIONS = 32_768  # 20 MB of token rows at CLIP's context length
 _RGB = 3  # torchvision's number for it
@@ -63,6 +68,10 @@ def _jpeg_operator() -> Callable[..., Tensor] | None:
 
 
 _decode_jpeg = _jpeg_operator()
+
+
+Skip = Callable[[str, str], None]
+"""Is told of what is left out: the cause, one of ``CAUSES``, and where."""
 
 
 class SkippedSample(Exception):
@@ -91,18 +100,20 @@ class Decoded(NamedTuple):
     key: str
 
 
-def read_samples(shard: str, skip: Callable[[str], None]) -> Iterator[tuple[str, dict[str, bytes]]]:
+def read_samples(shard: str, skip: Skip) -> Iterator[tuple[str, dict[str, bytes]]]:
     """Key and members (by lower-case ending) of every sample of a shard; neighbours with one key are one.
 
-    ``skip`` is called with the cause for every duplicate, and once if the shard is damaged. The sample at
-    which damage begins is not yielded, for it may be incomplete.
+    ``skip`` is called for every duplicate, and once if the shard is damaged. The sample at which damage begins is not
+    yielded, for it may be incomplete.
     """
     prefix = "/".join(PurePath(shard).parts[-2:]).rsplit(".tar", 1)[0]
     for found in scan_shard(shard):
         if isinstance(found, Fault):
             if found.cause == "unreadable shard":
                 _logger.warning("Skipping the rest of a shard: %s", found.where)
-            skip(found.cause)
+                skip(found.cause, found.where)
+            else:
+                skip(found.cause, f"{prefix}/{found.where}")
         else:
             key, parts = found
             yield f"{prefix}/{key}", parts
@@ -143,9 +154,15 @@ def captions_of(raw: RawSample, captions_field: str | None = "captions") -> list
     return [caption]
 
 
+def _encodable(caption: str) -> str:
+    """The beginning of a caption, as text that can be encoded, which half a surrogate pair in a JSON cannot."""
+    return _LONG_WORD.sub(r"\1", caption.strip()[:_LONGEST_CAPTION]).encode("utf-8", "replace").decode()
+
+
 def sample_seed(key: str, epoch: int, seed: int) -> int:
     """Non-negative 62-bit hash of a sample's key, the epoch and the run's seed."""
-    digest = blake2b(f"{key}|{epoch}|{seed}".encode(), digest_size=8).digest()
+    # Names of files need not be text; Python has surrogates for such bytes.
+    digest = blake2b(f"{key}|{epoch}|{seed}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 2
 
 
@@ -180,6 +197,8 @@ def decode_pixels(data: bytes, min_side: int) -> Tensor:
 
 def _open(data: bytes) -> Image.Image:
     """Only the header is read."""
+    if data.count(b"\xff\xda") > _MOST_SCANS and data.startswith(b"\xff\xd8"):
+        raise SkippedSample("broken image")
     image = Image.open(io.BytesIO(data), formats=_FORMATS)
     if image.width * image.height > _MAX_PIXELS:
         raise SkippedSample("oversized image")
@@ -233,13 +252,13 @@ class ImageText:
     captions_field: str | None = "captions"
     _rows: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
-    def read(self, shard: str, skip: Callable[[str], None]) -> Iterator[RawSample]:
+    def read(self, shard: str, skip: Skip) -> Iterator[RawSample]:
         """The samples of a shard that have an image and some caption, undecoded."""
         for key, parts in read_samples(shard, skip):
             try:
                 raw = raw_sample(key, parts)
             except SkippedSample as skipped:
-                skip(skipped.cause)
+                skip(skipped.cause, key)
             else:
                 yield raw
 
@@ -251,7 +270,7 @@ class ImageText:
         """
         seed = sample_seed(raw.key, epoch, self.seed)
         captions = captions_of(raw, self.captions_field)
-        caption = captions[seed % len(captions)].strip()
+        caption = _encodable(captions[seed % len(captions)])
         if isinstance(self.transform, TrainTransform):
             image = self.transform(decode_pixels(raw.image, self.transform.min_side), seed)
         else:
@@ -279,7 +298,7 @@ class ImageText:
 
 def _load_json(data: bytes) -> dict[str, Any]:
     try:
-        value = json.loads(data)
+        value = parse_json(data)
     except ValueError:
         return {}
     return value if isinstance(value, dict) else {}

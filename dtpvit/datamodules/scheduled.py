@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from dtpvit.datamodules.bad_share import Examples, Seen
 from dtpvit.datamodules.resumable import Resumable
 from dtpvit.datamodules.samples import SkippedSample, sample_seed
 from dtpvit.datamodules.worker_signals import outlive_signals
@@ -127,9 +128,11 @@ class ScheduledLoader(Resumable):
         num_workers: Worker processes; 0 loads in this process.
         fixed: Every epoch is as the first.
         layout: What must be the same for an exact continuation.
+        max_skipped: Share of bad records above which whoever trains should stop; see ``bad_share``.
         on_broken: Told of each record that cannot be used, and why, in this process.
 
     Attributes:
+        examples: Some of them: cause and place.
         skipped: Reads that failed since the present epoch's iteration began, by cause, on this rank.
 
     Raises:
@@ -144,12 +147,15 @@ class ScheduledLoader(Resumable):
         num_workers: int = 0,
         fixed: bool = False,
         layout: Mapping[str, int],
+        max_skipped: float = 1.0,
         on_broken: Callable[[int, str], None] | None = None,
     ) -> None:
-        self.batch_size = schedule.batch_size
+        self.batch_size, self.max_skipped = schedule.batch_size, max_skipped
+        self.examples: list[tuple[str, str]] = []
         self.steps: int = schedule.steps
         self.skipped: dict[str, int] = {}
-        self._fixed = fixed
+        self._delivered = 0
+        self._fixed, self._name = fixed, records.name
         self._schedule = schedule
         self._known_layout = dict(layout)
         self._on_broken = on_broken
@@ -170,6 +176,12 @@ class ScheduledLoader(Resumable):
         """Batches of this rank per epoch."""
         return self.steps
 
+    @property
+    def seen(self) -> Seen:
+        """How many reads there were since the present epoch's iteration began, on this rank."""
+        tried = self._delivered + sum(self.skipped.values())
+        return Seen(found=tried, tried=tried, usable=self._delivered)
+
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """The epoch's batches, or after ``load_state_dict`` the rest of them.
 
@@ -179,19 +191,23 @@ class ScheduledLoader(Resumable):
             self._start_epoch(self._epoch)
         self._resuming = False
         skipped: Counter[str] = Counter()
-        self.skipped = skipped
+        self.skipped, self._delivered = skipped, 0
+        examples, self.examples = Examples(), []
         schedule = self._schedule
         schedule.epoch, schedule.position, schedule.salt = 0 if self._fixed else self._epoch, self._position, self._salt
         for batch, broken in self._loader:
             for record, cause in broken:
                 skipped[cause] += 1
+                examples.add(cause, self._name(record))
                 if self._on_broken is not None:
                     self._on_broken(record, cause)
+            self.examples += examples.new()
             if isinstance(batch, str):
                 # Now, for the garbage collector may close their queues first and then wait for them in vain.
                 self._stop_workers()
                 raise UserError(batch)
             self._position += 1
+            self._delivered += self.batch_size
             yield batch
 
     def state_dict(self) -> dict[str, Any]:

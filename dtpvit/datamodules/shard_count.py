@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_text
 import os
 import re
 import shlex
@@ -21,6 +20,7 @@ from rich.text import Text
 from dtpvit.datamodules.shard_survey import LOST, OF_SAMPLES, ShardSurvey, survey_shard, survey_shards
 from dtpvit.datamodules.shards import is_local, named_shards, shard_stats
 from dtpvit.errors import UserError
+from dtpvit.json_input import parse_json
 from dtpvit.output_file import output_file, write_json
 
 __all__ = ["cause_of_status", "count", "out_of"]
@@ -201,7 +201,7 @@ def _write_sizes(sizes: dict[str, int], target: Path | None) -> None:
 def _sizes_in(path: Path) -> dict[str, int]:
     """What an earlier count wrote, without the shards that have gone since."""
     try:
-        sizes = json_text.loads(path.read_bytes())
+        sizes = parse_json(path.read_bytes())
         return {name: int(number) for name, number in sizes.items() if path.with_name(name).is_file()}
-    except (OSError, ValueError, AttributeError, TypeError):
+    except (OSError, ValueError, OverflowError, AttributeError, TypeError):
         return {}

@@ -1,7 +1,6 @@
 """Which shards a specification names, and how many samples they hold."""
 
 import glob
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 import braceexpand
 
 from dtpvit.errors import UserError
+from dtpvit.json_input import parse_json
 
 __all__ = [
     "count_samples",
@@ -23,6 +23,7 @@ __all__ = [
 ]
 
 _ENDINGS = (".tar", ".tar.gz", ".tgz")
+_MOST_SAMPLES = 1 << 40  # beyond, a number is a mistake, and not every library can count so far
 _REMOTE = re.compile(r"^([a-z][a-z0-9+.-]+://|pipe:)")
 
 
@@ -151,11 +152,11 @@ def _expand_local(path: Path, part: str) -> list[str]:
 def _load_mapping(path: Path) -> dict[str, Any]:
     """A JSON file's object; {} where it is absent or unreadable."""
     try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        value = parse_json(path.read_bytes())
+    except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}
 
 
 def _number(value: object) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _MOST_SAMPLES else None

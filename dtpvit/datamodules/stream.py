@@ -6,7 +6,7 @@ logical worker's stream what it had used, before decoding, and physical worker `
 ``(i + position) % workers``, for a DataLoader always asks its worker 0 first.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from itertools import count, islice
 from random import Random
 from typing import Any, Generic, Protocol, TypeVar
@@ -14,20 +14,22 @@ from typing import Any, Generic, Protocol, TypeVar
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from dtpvit.datamodules.samples import CAUSES, SkippedSample
+from dtpvit.datamodules.bad_share import Examples, Seen
+from dtpvit.datamodules.samples import CAUSES, Skip, SkippedSample
 from dtpvit.errors import UserError
 
 __all__ = ["Recipe", "ShardStream", "shard_groups"]
 
 Raw = TypeVar("Raw")
 Sample = TypeVar("Sample")
+_FOUND, _LOST, _TRIED, _USABLE = range(len(Seen._fields))
 
 
 class Recipe(Protocol[Raw, Sample]):
     """How a kind of sample is read, decoded and collated, as ``samples.ImageText`` does."""
 
-    def read(self, shard: str, skip: Callable[[str], None], /) -> Iterator[Raw]:
-        """Undecoded samples of a shard; calls ``skip(cause)`` for what it leaves out."""
+    def read(self, shard: str, skip: Skip, /) -> Iterator[Raw]:
+        """Undecoded samples of a shard; calls ``skip`` for what it leaves out."""
         ...
 
     def decode(self, raw: Raw, epoch: int, /) -> Sample:
@@ -39,15 +41,18 @@ class Recipe(Protocol[Raw, Sample]):
         ...
 
 
-class ShardStream(IterableDataset[tuple[int, int, Any]], Generic[Raw, Sample]):
-    """The part of the loader that lives in the workers: (logical worker, raw samples it has used, batch).
+class ShardStream(IterableDataset[tuple[int, int, Any, list[tuple[str, str]]]], Generic[Raw, Sample]):
+    """The part of the loader that lives in the workers: (logical worker, raw samples it has used, batch, bad samples).
 
     A batch that is a string is an error's sentence: raised here, a worker's traceback would bury it.
-    ``steps`` batches of each rank make a training epoch; None is one pass over all samples, for evaluation.
+    ``steps`` batches of each rank make a training epoch; None is one pass over all samples, for evaluation. Of bad
+    samples, causes and places, a few examples come along with the next batch. ``sizes`` are the samples that shards
+    should have, where that is known: a damaged one has lost what it does not give.
     """
 
     control: Tensor  # int64, shared: epoch, position, salt, raw samples used by each logical worker
     skips: Tensor  # int64, shared: (workers, causes)
+    seen: Tensor  # int64, shared: (workers, fields of bad_share.Seen)
 
     def __init__(
         self,
@@ -59,6 +64,7 @@ class ShardStream(IterableDataset[tuple[int, int, Any]], Generic[Raw, Sample]):
         seed: int,
         rank: int,
         world_size: int,
+        sizes: Mapping[str, int],
     ) -> None:
         self.shards = shards
         self.recipe = recipe
@@ -68,11 +74,13 @@ class ShardStream(IterableDataset[tuple[int, int, Any]], Generic[Raw, Sample]):
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
+        self.sizes = sizes
 
-    def __iter__(self) -> Iterator[tuple[int, int, Any]]:
+    def __iter__(self) -> Iterator[tuple[int, int, Any, list[tuple[str, str]]]]:
         info = get_worker_info()
         physical, workers = (info.id, info.num_workers) if info is not None else (0, 1)
-        self._skipped = self.skips[physical].zero_()
+        self._skipped, self._seen = self.skips[physical].zero_(), self.seen[physical].zero_()
+        self._examples = Examples()
         self._tried = self._usable = 0
         epoch, position, salt, *used = self.control.tolist()
         logical = (physical + position) % workers
@@ -86,7 +94,7 @@ class ShardStream(IterableDataset[tuple[int, int, Any]], Generic[Raw, Sample]):
         try:
             yield from islice(self._batches(raws, epoch, logical, used[logical]), mine)
         except UserError as error:
-            yield logical, 0, str(error)
+            yield logical, 0, str(error), []
 
     def expected_batches(self, counts: list[int], workers: int) -> int:
         """Batches of this rank in evaluation if shard ``i`` holds ``counts[i]`` usable samples."""
@@ -99,22 +107,24 @@ class ShardStream(IterableDataset[tuple[int, int, Any]], Generic[Raw, Sample]):
 
     def _batches(
         self, raws: Iterator[Raw], epoch: int, logical: int, used: int
-    ) -> Iterator[tuple[int, int, dict[str, Any]]]:
+    ) -> Iterator[tuple[int, int, dict[str, Any], list[tuple[str, str]]]]:
         samples: list[Sample] = []
         for raw in raws:
             used += 1
             self._tried += 1
+            self._seen[_TRIED] += 1
             try:
                 samples.append(self.recipe.decode(raw, epoch))
                 self._usable += 1
+                self._seen[_USABLE] += 1
             except SkippedSample as skipped:
-                self._skip(skipped.cause)
+                self._skip(skipped.cause, getattr(raw, "key", ""))
                 continue
             if len(samples) == self.batch_size:
-                yield logical, used, self.recipe.collate(samples)
+                yield logical, used, self.recipe.collate(samples), self._examples.new()
                 samples = []
         if samples:
-            yield logical, used, self.recipe.collate(samples)
+            yield logical, used, self.recipe.collate(samples), self._examples.new()
 
     def _endless(self, worker: int, workers: int, salt: str) -> Iterator[Raw]:
         """Passes over this worker's samples, and then over those of the other groups, each shuffled anew.
@@ -141,9 +151,8 @@ class ShardStream(IterableDataset[tuple[int, int, Any]], Generic[Raw, Sample]):
             Random(f"{self.seed}-{salt}").shuffle(shards)
         mine = shards[(group + turn) % groups :: groups]
         # The members of a group all see what is wrong with a shard; one of them counts it.
-        skip = self._skip if member == 0 else _ignore
-        found = (raw for shard in mine for raw in self.recipe.read(shard, skip))
-        share = islice(found, member, None, members)
+        found = (raw for shard in mine for raw in self._read(shard, counts=member == 0))
+        share = self._found(islice(found, member, None, members))
         if not buffer:
             return share
         return _shuffle(share, buffer, Random(f"{self.seed}-{salt}-{self.rank}-{worker}"))
@@ -155,8 +164,29 @@ class ShardStream(IterableDataset[tuple[int, int, Any]], Generic[Raw, Sample]):
         member, group = divmod(worker * self.world_size + self.rank, groups)
         return group, groups, member, consumers // groups
 
-    def _skip(self, cause: str) -> None:
+    def _read(self, shard: str, counts: bool) -> Iterator[Raw]:
+        passed = 0
+
+        def skip(cause: str, where: str) -> None:
+            nonlocal passed
+            if counts:
+                self._skip(cause, where)
+                missing = self.sizes.get(shard, 0) - passed if cause == "unreadable shard" else 1
+                self._seen[_LOST] += max(1, missing)
+            passed += 1
+
+        for raw in self.recipe.read(shard, skip):
+            passed += 1
+            yield raw
+
+    def _found(self, raws: Iterator[Raw]) -> Iterator[Raw]:
+        for raw in raws:
+            self._seen[_FOUND] += 1
+            yield raw
+
+    def _skip(self, cause: str, where: str) -> None:
         self._skipped[CAUSES.index(cause)] += 1
+        self._examples.add(cause, where)
 
     def _nothing_usable(self) -> str:
         counts = ", ".join(f"{cause}: {n}" for cause, n in zip(CAUSES, self._skipped.tolist(), strict=True) if n)
@@ -180,10 +210,6 @@ def shard_groups(num_shards: int, consumers: int) -> int:
         if rest == 0 and groups * -(-num_shards // groups) <= 1.1 * num_shards:
             return groups
     return 1
-
-
-def _ignore(cause: str) -> None:
-    pass
 
 
 def _shuffle(items: Iterator[Raw], size: int, draw: Random) -> Iterator[Raw]:

@@ -1,24 +1,34 @@
 """Reading tar archives of samples, front to back, fast, and without trusting them.
 
 webdataset's own iterators stand on ``tarfile``, which costs five times as much per member and takes a damaged
-header for the end of the archive. Here damage is always told apart from the end.
+header for the end of the archive. Here damage is always told apart from the end, and no archive, whatever sizes its
+headers claim and however well it is compressed, makes its reader hold more than a sample of ``MOST_BYTES``.
 """
 
 import gzip
-import tarfile
+import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from dtpvit.datamodules.remote import RemoteStream
 from dtpvit.datamodules.shards import is_local
 
-__all__ = ["BrokenTar", "Fault", "index_members", "read_members", "scan_shard"]
+__all__ = ["MOST_BYTES", "BrokenTar", "Fault", "index_members", "read_members", "scan_shard"]
+
+MOST_BYTES = 256 << 20
+"""A sample's members together; an uncompressed image as large as any that is decoded has as many."""
 
 _BLOCK = 512
 _REGULAR = (b"0", b"\0")
+_WITHOUT_CONTENT = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices, folders; some writers give them a size
 _LONG_NAME, _PAX = b"L", b"x"
+_LONGEST_HEADER = 1 << 20  # bytes of a long name or a pax header
+_MOST_COMPRESSED = 200  # times that a .tar.gz may be larger inside; images have 1 to 3, deflate's limit is 1032
+_LONGEST_DIGITS = 20
+_MEMBER_COST = 200  # bytes that a member takes beside its content
+_Content = TypeVar("_Content")
 
 
 class BrokenTar(Exception):
@@ -40,15 +50,16 @@ def read_members(shard: str) -> Iterator[tuple[str, bytes]]:
     """Name and content of every regular file of a tar (``.tar``, ``.tar.gz``, ``.tgz``), in order.
 
     Raises:
-        BrokenTar: If the archive cannot be opened; after what came before, if it is cut off or damaged.
+        BrokenTar: If the archive cannot be opened; after what came before, if it is cut off or damaged, a member is
+            larger than ``MOST_BYTES``, or it is compressed as nothing but a bomb is.
     """
     try:
         with ExitStack() as stack:
             opened: Any = open(shard, "rb", buffering=1 << 20) if is_local(shard) else RemoteStream(shard)
             stream = stack.enter_context(opened)
             if shard.endswith("gz"):
-                stream = stack.enter_context(gzip.GzipFile(fileobj=stream))
-            yield from _members(stream)
+                stream = _Inflated(stream, stack.enter_context(gzip.GzipFile(fileobj=stream)))
+            yield from _members(stream, lambda size: _read_padded(stream, size))
     except (OSError, EOFError, ImportError, ValueError, OverflowError, MemoryError, zlib.error) as error:
         raise BrokenTar(f"{shard}: {error}") from error
 
@@ -57,14 +68,22 @@ def index_members(shard: str) -> Iterator[tuple[str, int, int]]:
     """Name, offset and size of every regular file of a local, uncompressed tar, in order, reading no content.
 
     Raises:
-        BrokenTar: If the tar is not there, compressed, damaged or cut off.
+        BrokenTar: As ``read_members``, and if the tar is compressed.
     """
     try:
-        with tarfile.open(shard, mode="r:") as tar:
-            for member in tar:
-                if member.isfile():
-                    yield member.name, member.offset_data, member.size
-    except (tarfile.TarError, OSError, ValueError) as error:
+        with open(shard, "rb") as file:
+            end = os.fstat(file.fileno()).st_size
+
+            def pass_over(size: int) -> int:
+                offset = file.tell()
+                if offset + size + -size % _BLOCK > end:
+                    raise ValueError("cut off")
+                file.seek(size + -size % _BLOCK, os.SEEK_CUR)
+                return offset
+
+            for name, size, offset in _sized_members(file, pass_over):
+                yield name, offset, size
+    except (OSError, ValueError, OverflowError) as error:
         raise BrokenTar(f"{shard}: {error}") from error
 
 
@@ -74,7 +93,7 @@ def scan_shard(shard: str) -> Iterator[tuple[str, dict[str, bytes]] | Fault]:
     Of members that occur twice the first counts. The sample at which damage begins is not yielded, for it may be
     incomplete.
     """
-    key, parts, seen = "", {}, set()
+    key, parts, seen, held = "", {}, set(), 0
     try:
         for name, data in read_members(shard):
             folder, _, file = name.rpartition("/")
@@ -86,7 +105,10 @@ def scan_shard(shard: str) -> Iterator[tuple[str, dict[str, bytes]] | Fault]:
                 if parts:
                     yield key, parts
                     seen.add(key)
-                key, parts = this, {}
+                key, parts, held = this, {}, 0
+            held += len(data) + _MEMBER_COST
+            if held > MOST_BYTES:
+                raise BrokenTar(f"{shard}: the sample {key[:100]} is larger than {MOST_BYTES >> 20} MiB")
             if this in seen or ending in parts:
                 yield Fault("duplicate key", this)
             else:
@@ -98,7 +120,12 @@ def scan_shard(shard: str) -> Iterator[tuple[str, dict[str, bytes]] | Fault]:
         yield key, parts
 
 
-def _members(stream: _Readable) -> Iterator[tuple[str, bytes]]:
+def _members(stream: _Readable, take: Callable[[int], _Content]) -> Iterator[tuple[str, _Content]]:
+    """Name of every regular file, and what ``take`` makes of its size, standing at its content."""
+    return ((name, content) for name, _, content in _sized_members(stream, take))
+
+
+def _sized_members(stream: _Readable, take: Callable[[int], _Content]) -> Iterator[tuple[str, int, _Content]]:
     override: dict[str, str] = {}
     while True:
         header = _read(stream, _BLOCK)
@@ -106,14 +133,20 @@ def _members(stream: _Readable) -> Iterator[tuple[str, bytes]]:
             return
         size, kind = _checked_size(header), header[156:157]
         if kind in (_PAX, _LONG_NAME):
-            body = _read_padded(stream, size)
+            body = _read_padded(stream, _bounded(size, _LONGEST_HEADER))
             override |= _pax(body) if kind == _PAX else {"path": _text(body)}
             continue
-        size = int(override.get("size", size))
-        body = _read_padded(stream, size)
+        size = 0 if kind in _WITHOUT_CONTENT else _bounded(int(override.get("size", size)), MOST_BYTES)
+        content = take(size)
         if kind in _REGULAR:
-            yield override.get("path") or _name(header), body
+            yield override.get("path") or _name(header), size, content
         override = {}
+
+
+def _bounded(size: int, most: int) -> int:
+    if not 0 <= size <= most:
+        raise ValueError(f"a member claims {size} bytes, where at most {most} are read")
+    return size
 
 
 def _checked_size(header: bytes) -> int:
@@ -134,15 +167,16 @@ def _name(header: bytes) -> str:
 def _pax(body: bytes) -> dict[str, str]:
     """Records ``<length> <key>=<value>\\n`` of a pax header; only path and size matter here."""
     records: dict[str, str] = {}
-    while body:
-        digits, _, _ = body.partition(b" ")
-        length = int(digits)
-        key, _, value = body[len(digits) + 1 : length - 1].partition(b"=")
+    start = 0
+    while start < len(body):
+        space = body.find(b" ", start, start + _LONGEST_DIGITS)
+        length = int(body[start:space]) if space > start else 0
+        if length <= space + 1 - start:
+            raise ValueError("damaged pax header")
+        key, _, value = body[space + 1 : start + length - 1].partition(b"=")
         if key in (b"path", b"size"):
             records[key.decode()] = value.decode("utf-8", "replace")
-        if length <= 0:
-            raise ValueError("damaged pax header")
-        body = body[length:]
+        start += length
     return records
 
 
@@ -162,3 +196,18 @@ def _read(stream: _Readable, size: int) -> bytes:
     if len(data) != size:
         raise ValueError("cut off")
     return data
+
+
+class _Inflated:
+    """The stream within a compressed one, as long as it is in proportion to what it came from."""
+
+    def __init__(self, packed: Any, stream: gzip.GzipFile) -> None:
+        self._packed, self._stream = packed, stream
+        self._given = 0
+
+    def read(self, size: int, /) -> bytes:
+        data = self._stream.read(size)
+        self._given += len(data)
+        if self._given > max(MOST_BYTES, _MOST_COMPRESSED * self._packed.tell()):
+            raise ValueError(f"it is {_MOST_COMPRESSED} times as large as its compressed file")
+        return data

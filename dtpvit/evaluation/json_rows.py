@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dtpvit.errors import UserError
+from dtpvit.json_input import parse_json
 
 __all__ = ["Row", "read_rows", "rows_of"]
 
@@ -44,7 +45,7 @@ def rows_of(path: str, text: str) -> list[Row]:
     rows = [Row(f"{path}, {place}", fields) for place, fields in _rows(path, text)]
     for row in rows:
         if not isinstance(row.fields, dict):
-            raise UserError(f"{row.place}: found {json.dumps(row.fields)[:40]}; expected a JSON object")
+            raise UserError(f"{row.place}: found {_brief(row.fields)}; expected a JSON object")
     if not rows:
         raise UserError(f"{path} has no rows; expected one JSON object a line")
     return rows
@@ -54,7 +55,7 @@ def _rows(path: str, text: str) -> list[tuple[str, Any]]:
     if text.lstrip().startswith("["):
         return _numbered(_parsed(path, text))
     try:
-        whole = json.loads(text)
+        whole = parse_json(text)
     except json.JSONDecodeError:
         # Not splitlines: it breaks at characters that a JSON string may hold.
         lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
@@ -73,9 +74,14 @@ def _numbered(rows: list[Any]) -> list[tuple[str, Any]]:
     return [(f"entry {number}", row) for number, row in enumerate(rows, start=1)]
 
 
+def _brief(value: Any) -> str:
+    """The JSON of a value, unless it may be deeper than can be written."""
+    return f"a {type(value).__name__}" if isinstance(value, list) else json.dumps(value)[:40]
+
+
 def _parsed(path: str, text: str, line: int | None = None) -> Any:
     try:
-        return json.loads(text)
+        return parse_json(text)
     except json.JSONDecodeError as error:
         raise UserError(
             f"{path}, line {line or error.lineno}: this is no JSON ({error.msg}); expected one JSON object a line, or "

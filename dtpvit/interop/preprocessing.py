@@ -29,6 +29,7 @@ ResizeMode = Literal["shortest", "longest", "squash"]
 INTERPOLATIONS = tuple(name.lower() for name in Image.Resampling.__members__)
 
 _ASPECTS = {"pad": "longest", "crop": "shortest", "squash": "squash"}
+_LONGEST_SHAPE = 64  # long side over short side
 _WHITE = (255, 255, 255)
 _SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 
@@ -70,6 +71,8 @@ class EvalTransform:
     fill: tuple[int, int, int] = (0, 0, 0)
 
     def __call__(self, image: Image.Image) -> Tensor:
+        if self.resize_mode == "shortest":
+            image = _middle(image)
         image = to_rgb(image)
         height, width = self.image_size
         size = self._resized(image.width, image.height)
@@ -100,7 +103,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB":
         return image
     if image.mode in _SIXTEEN_BIT:
-        values = np.asarray(image).astype(np.int64)
+        values = np.asarray(image)
         if values.size and values.max() > 255:
             values = values >> 8
         return Image.fromarray(values.clip(0, 255).astype(np.uint8)).convert("RGB")
@@ -115,6 +118,19 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def to_tensor(image: Image.Image) -> Tensor:
     """RGB image -> uint8 tensor (3, H, W), contiguous."""
     return torch.from_numpy(np.array(np.asarray(image).transpose(2, 0, 1), order="C"))
+
+
+def _middle(image: Image.Image) -> Image.Image:
+    """The middle of an image that is extremely long, out of which the crop comes: the rest is not worth its memory.
+
+    Brought to a short side of 224, a line of 60,000 pixels would take 9 GB.
+    """
+    most = _LONGEST_SHAPE * min(image.size)
+    if max(image.size) <= most:
+        return image
+    width, height = min(image.width, most), min(image.height, most)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
 
 
 def _centre(have: int, want: int) -> int:

@@ -183,6 +183,7 @@ class Contrastive(ImageTask):
                 average_gradients(self)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_end(outputs, batch, batch_idx)
         with torch.no_grad():
             self.model.logit_scale.clamp_(0.0, math.log(100))
 

@@ -19,12 +19,13 @@ from dtpvit.interop.weight_files import up_to_date
 from dtpvit.tasks.checkpoint_names import use_model_names
 from dtpvit.tasks.optimization import NonFiniteGuard
 from dtpvit.tasks.resuming import continue_data
-from dtpvit.tasks.skipped_samples import report_skipped
+from dtpvit.tasks.skipped_samples import check_skipped, report_skipped
 from dtpvit.tasks.suspects import Suspects
 
 __all__ = ["ImageTask"]
 
 logger = logging.getLogger(__name__)
+_CHECKED_EVERY = 64  # batches
 
 
 class ImageTask(lightning.LightningModule):
@@ -111,6 +112,12 @@ class ImageTask(lightning.LightningModule):
         if self.guard.skipped:
             self.log("train/skipped_steps", float(self.guard.skipped))
 
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        # At the first few batches, which are long in coming if hardly a sample can be used, and at times from then on.
+        number = batch_idx + 1
+        if number % _CHECKED_EVERY == 0 or number.bit_count() == 1:
+            check_skipped(self)
+
     def _list_suspects(self) -> str:
         path = Path(self.trainer.default_root_dir) / f"nonfinite-rank{self.global_rank}.jsonl"
         return f"; the samples of these steps are listed in {path}" if self.suspects.write(path) else ""
@@ -133,3 +140,4 @@ class ImageTask(lightning.LightningModule):
 
     def on_train_epoch_end(self) -> None:
         report_skipped(self)
+        check_skipped(self)

@@ -35,7 +35,7 @@ def content(path):
 
 def collect(address):
     causes = []
-    return list(read_samples(address, causes.append)), causes
+    return list(read_samples(address, lambda cause, where: causes.append(cause))), causes
 
 
 def by_path(files, trouble):

@@ -33,7 +33,7 @@ def by_tarfile(path):
 
 def collect(shard):
     causes = []
-    return list(read_samples(str(shard), causes.append)), causes
+    return list(read_samples(str(shard), lambda cause, where: causes.append(cause))), causes
 
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -301,7 +301,7 @@ def test_a_shard_gives_whole_pairs_and_counts_the_rest(tmp_path):
     }
     samples |= {"4": {"jpg": b"", "txt": b"caption 4"}}
     causes = []
-    raws = list(recipe().read(write_tar(tmp_path / "x.tar", samples), causes.append))
+    raws = list(recipe().read(write_tar(tmp_path / "x.tar", samples), lambda cause, where: causes.append(cause)))
     assert [raw.key[-1] for raw in raws] == ["0", "3"]
     assert causes == ["no image", "no caption", "no image"]
 

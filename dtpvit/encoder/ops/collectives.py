@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor, distributed
 
-__all__ = ["add_up", "gather_columns"]
+__all__ = ["add_up", "gather_columns", "gather_objects"]
+
+T = TypeVar("T")
 
 
 def _alone() -> bool:
@@ -19,6 +23,15 @@ def add_up(*counts: int, device: torch.device) -> list[int]:
     total = torch.tensor(counts, device=device)
     distributed.all_reduce(total)
     return total.tolist()
+
+
+def gather_objects(mine: T) -> list[T]:
+    """Every rank's, in rank order; for what is small and rare."""
+    if _alone():
+        return [mine]
+    found = [mine] * distributed.get_world_size()
+    distributed.all_gather_object(found, mine)
+    return found
 
 
 def gather_columns(values: Tensor) -> Tensor:
