@@ -6,7 +6,7 @@ from pathlib import Path
 
 from dtpvit.errors import UserError
 
-__all__ = ["output_file", "write_json"]
+__all__ = ["output_file", "write_json", "write_text"]
 
 
 def output_file(output: str | None) -> Path | None:
@@ -26,14 +26,19 @@ def output_file(output: str | None) -> Path | None:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write ``value`` beside ``path`` and rename it: whoever reads sees the old file or the new one.
+    """Write ``value`` as JSON, see :func:`write_text`."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` beside ``path`` and rename it: whoever reads sees the old file or the new one.
 
     Raises:
         OSError: If it cannot be written; the old file then stays.
     """
     partial = path.with_name(f"{path.name}.partial")
     try:
-        partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        partial.write_text(text, encoding="utf-8")
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
