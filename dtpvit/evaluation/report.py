@@ -130,7 +130,8 @@ def _picture(run: ComparedRun, files: dict[str, bytes]) -> list[Picture]:
     if path is None:
         return []
     try:
-        image = Image.open(path).convert("RGB")
+        with Image.open(path) as opened:
+            image = opened.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # as Pillow has it, for a broken PNG
         run.record.missing.append(f"pictures/{path.name} cannot be read")
         return []
@@ -160,5 +161,5 @@ def _versions(groups: Sequence[RunGroup]) -> Table:
 def _commands(record: RunRecord) -> list[str]:
     found = [str(start["command"]) for start in record.starts if start.get("command")]
     if (record.folder / "config.yaml").is_file():
-        found.append(f"dtpvit fit --config {shlex.quote(str(record.folder / 'config.yaml'))}")
+        found.append(f"dtpvit fit --config {shlex.quote(str(record.folder / 'config.yaml'))}  # as it was saved")
     return found or ["not recorded"]

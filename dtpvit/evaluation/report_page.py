@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from html import escape
-from typing import Any
 from urllib.parse import quote
 
 from jinja2 import Environment, StrictUndefined
@@ -79,8 +78,8 @@ def as_html(report: Report) -> str:
     """The page. Every text in it is escaped; only the drawings are taken as they are."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["drawing"] = Markup
-    environment.filters["number"] = lambda text: "number" if re.match(r"[≈\s\d.,-]+( of \d+)?$", text) else ""
-    return environment.from_string(_PAGE).render(report=report)
+    environment.filters["kind"] = _kind
+    return environment.from_string(_PAGE).render(report=report).lstrip()
 
 
 def as_markdown(report: Report, pictures: str) -> str:
@@ -109,6 +108,13 @@ def as_markdown(report: Report, pictures: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _kind(cell: str) -> str:
+    """The class of a cell: numbers stand right and unbroken, sentences need some width."""
+    if re.fullmatch(r"(≈ )?-?[\d.e+-]+( of \d+)?", cell):
+        return "number"
+    return "words" if " " in cell else ""
+
+
 def _plain(text: str) -> str:
     """Markdown that shows as ``text``, in one line."""
     text = escape(" ".join(text.split()), quote=False)
@@ -135,7 +141,7 @@ _MACROS = """
 <tbody>
 {% for row in content[1] %}
 <tr><th scope="row">{% if swatches %}{{ swatches[loop.index0] | drawing }} {% endif %}{{ row[0] }}</th>
-{%- for cell in row[1:] %}<td class="{{ cell | number }}">{{ cell }}</td>{% endfor %}</tr>
+{%- for cell in row[1:] %}<td class="{{ cell | kind }}">{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}
 </tbody>
 </table>
@@ -163,9 +169,10 @@ pre { background: var(--band); padding: .6rem .8rem; margin: .3rem 0 1rem; white
 table { border-collapse: collapse; font-size: .875rem; width: 100%; overflow-wrap: normal }
 caption { text-align: left; padding: .4rem .6rem; color: var(--soft); font-size: .8rem }
 th, td { text-align: left; vertical-align: top; padding: .35rem .6rem; border-top: 1px solid var(--line) }
-tbody th { font-weight: 600; min-width: 9rem; max-width: 16rem; overflow-wrap: anywhere }
-thead th { white-space: nowrap; background: var(--band) }
-td { min-width: 3rem; max-width: 20rem; overflow-wrap: break-word }
+tbody th { font-weight: 600; min-width: 8rem; max-width: 16rem; overflow-wrap: anywhere }
+thead th { background: var(--band) }
+td { max-width: 20rem; overflow-wrap: break-word }
+td.words { min-width: 9rem }
 td.number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 320px), 1fr)); gap: .8rem 1.2rem }
 figure { margin: 0; break-inside: avoid; max-width: 540px }
@@ -180,7 +187,8 @@ dt { font-weight: 600; margin-top: .4rem } dd { margin: 0 0 0 1rem }
   :root { color-scheme: light; --back: #fff; --ink: #000; --soft: #333; --line: #999; --band: #fff }
   body { padding: 0; max-width: none; font-size: 10pt } nav { display: none }
   .wide { overflow: visible; border: 0 } table { font-size: 7pt } th, td { padding: 2pt 3pt; overflow-wrap: anywhere }
-  thead th { white-space: normal } td { min-width: 0 } tbody th { min-width: 0 } tr, pre { break-inside: avoid }
+ 
+  td.words, tbody th { min-width: 0 } tr, pre { break-inside: avoid }
   h2, h3 { break-after: avoid } .figures { grid-template-columns: repeat(3, 1fr) }
 }
 """
@@ -205,7 +213,9 @@ _PAGE = (
 {% if report.hint %}<p>{{ report.hint }}</p>{% endif %}
 <nav aria-label="Contents"><ul>
 {% for section in report.sections %}<li><a href="#group{{ loop.index }}">{{ section.title }}</a></li>{% endfor %}
-<li><a href="#versions">Versions</a></li><li><a href="#commands">Commands</a></li><li><a href="#columns">Columns</a></li>
+<li><a href="#versions">Versions</a></li>
+<li><a href="#commands">Commands</a></li>
+<li><a href="#columns">Columns</a></li>
 </ul></nav>
 </header>
 <main>

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 __all__ = ["COLOURS", "Panel", "inline_svg", "panels", "sheet_png", "swatch"]
 
-# After Wong, "Points of view: Color blindness", Nature Methods 2011, orange and sky blue darkened for white pages.
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#b5651d", "#c06090", "#3f8fc4", "#808080")
+# The first four after Wong, "Points of view: Color blindness", Nature Methods 2011, the pink darkened.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#c77cab", "#6f5fd6", "#6a6a6a")
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.2)), (0, (5, 2, 1, 2)))
 LETTERS = "#3b4048"  # stands for the colour of the page's letters
 LIMIT = 300  # points of a line
@@ -207,7 +207,9 @@ def _draw(axes: Axes, panel: Panel) -> None:
     axes.tick_params(colors=LETTERS)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(LETTERS)
-    axes.grid(alpha=0.25, color=LETTERS)
+    axes.grid(alpha=0.15, color=LETTERS)
+    if panel.lines:
+        axes.xaxis.get_major_locator().set_params(integer=True)
 
 
 def _element(figure: Figure, key: str) -> str:

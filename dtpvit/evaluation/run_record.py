@@ -78,8 +78,10 @@ def read_runs(folders: Sequence[str]) -> list[RunRecord]:
     Raises:
         UserError: If one of the folders is no run's.
     """
-    paths = {Path(folder).expanduser().resolve(): Path(folder).expanduser() for folder in reversed(folders)}
-    runs = [_read(path) for path in reversed(paths.values())]
+    paths = dict[Path, Path]()
+    for path in (Path(folder).expanduser() for folder in folders):
+        paths.setdefault(path.resolve(), path)
+    runs = [_read(path) for path in paths.values()]
     if not any(_holds_a_run(run.folder) for run in runs):
         raise UserError(f"{' and '.join(folders)} is empty; give folders in which `dtpvit fit` has begun to train")
     for run, name in zip(runs, _names([run.folder for run in runs]), strict=True):

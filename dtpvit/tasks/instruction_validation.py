@@ -21,7 +21,8 @@ class InstructionValidation(nn.Module):
 
     ``loss``: mean over supervised tokens. ``exact``: share of answers of which every token is the most likely one after
     the true ones before it: for the first answer of a conversation the same as greedy generation's exact match.
-    ``visual_tokens``, ``gmacs``: of an image, in its encoder. ``cut_tokens``: text tokens that did not fit into ``max_length``.
+    ``visual_tokens``, ``gmacs``: of an image, in its encoder. ``cut_tokens``: text tokens that did not fit into
+    ``max_length``.
     """
 
     def __init__(self) -> None:
