@@ -51,6 +51,11 @@ COMMANDS = {
         "dtpvit.evaluation.show:show",
         positional=("images", "image files, folders of images, or shards"),
     ),
+    "report": Command(
+        "runs beside each other, as a page and as Markdown: RUN... [--out report.html]",
+        "dtpvit.evaluation.report:report",
+        positional=("runs", "folders of fit, such as runs/*"),
+    ),
     "ask": Command(
         'answers about images: --checkpoint PATH [--image FILE]... "QUESTION"...',
         "dtpvit.evaluation.ask:ask",

@@ -2,9 +2,14 @@
 
 import csv
 import hashlib
+import json
 import os
+import shlex
+import subprocess
 import sys
 import time
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +22,22 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.trainer.states import TrainerFn
 
-from dtpvit.output_file import PARTIAL
+from dtpvit.evaluation.measuring import machine, versions
+from dtpvit.output_file import PARTIAL, write_json
 from dtpvit.tasks.checkpoint_file import remove_partial
 
 __all__ = ["LineProgress", "RunCheckpoint", "RunLogger", "SaveRun", "StepSeed", "set_aside"]
 
-RECORDS = ("checkpoints", "metrics.csv", "config.yaml", "hparams.yaml", "efficiency.csv", "skipped.jsonl", "pictures")
+RECORDS = (
+    "checkpoints",
+    "metrics.csv",
+    "config.yaml",
+    "hparams.yaml",
+    "efficiency.csv",
+    "skipped.jsonl",
+    "pictures",
+    "versions.json",
+)
 """What a run writes into its folder, and ``nonfinite-rank*.jsonl``; anything else in there is left alone."""
 
 
@@ -66,7 +81,7 @@ class RunLogger(CSVLogger):
 
 
 class SaveRun(SaveConfigCallback):
-    """Writes ``config.yaml``; a fresh run first sets aside what an earlier run of that name left.
+    """Writes ``config.yaml`` and ``versions.json``; a fresh run first sets aside what an earlier one of its name left.
 
     This happens when training starts, not in ``setup``, so that a run that fails before its first step, for
     want of data, say, moves nothing.
@@ -85,12 +100,49 @@ class SaveRun(SaveConfigCallback):
         """Nothing yet: see the class."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make room, then save the config."""
-        if self.fresh and trainer.is_global_zero and not self.already_saved:
-            moved = set_aside(self.folder)
+        """Make room, then save the config and what runs it."""
+        if trainer.is_global_zero and not self.already_saved:
+            moved = set_aside(self.folder) if self.fresh else None
             if moved is not None:
                 print(f"dtpvit: moved the earlier run of that name to {moved}", file=sys.stderr)
+            _record_start(trainer, self.folder / "versions.json")
         super().setup(trainer, pl_module, "fit")
+
+
+def _record_start(trainer: Trainer, path: Path) -> None:
+    """Add one entry a start to ``versions.json``: a continued run may go on elsewhere, with other versions."""
+    try:
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        earlier = []
+    start = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(["dtpvit", *sys.argv[1:]]),
+        "versions": {**versions(), "lightning": version("lightning")},
+        "device": machine(trainer.strategy.root_device),
+        "processes": trainer.world_size,
+        "commit": _commit(),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, [*(earlier if isinstance(earlier, list) else []), start])
+
+
+def _commit() -> str | None:
+    """The commit of this code or, where it is installed, of the project in the working folder; None if there is none.
+
+    With ``-dirty`` where files differ from it.
+    """
+    for folder, tracked in ((Path(__file__).parent, Path(__file__).name), (Path.cwd(), ".")):
+        asked = ["git", "-C", str(folder)]
+        try:
+            subprocess.run(
+                [*asked, "ls-files", "--error-unmatch", tracked], check=True, capture_output=True, timeout=10
+            )
+            described = [*asked, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+            return subprocess.run(described, check=True, capture_output=True, timeout=30, text=True).stdout.strip()
+        except (OSError, subprocess.SubprocessError):
+            continue
+    return None
 
 
 def set_aside(folder: Path) -> Path | None:

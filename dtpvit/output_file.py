@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dtpvit.errors import UserError
 
-__all__ = ["PARTIAL", "output_file", "write_json", "written_beside"]
+__all__ = ["PARTIAL", "output_file", "write_json", "write_text", "written_beside"]
 
 PARTIAL = ".partial"
 """What the name of a file ends in as long as it is being written."""
@@ -60,10 +60,15 @@ def _flush(path: Path) -> None:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write ``value`` beside ``path`` and rename it: whoever reads sees the old file or the new one.
+    """Write ``value`` as JSON, see :func:`write_text`."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` beside ``path`` and rename it: whoever reads sees the old file or the new one.
 
     Raises:
         OSError: If it cannot be written; the old file then stays.
     """
     with written_beside(path) as partial:
-        partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        partial.write_text(text, encoding="utf-8")

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 
 from dtpvit.evaluation.segment_pictures import Drawing, font, heat_colours
 
-__all__ = ["Panel", "embedded", "sheet_image", "write_sheet"]
+__all__ = ["Panel", "data_address", "embedded", "jpeg", "sheet_image", "write_sheet"]
 
 SIDE, PATCH = 400, 20  # pixels of a panel's longer side and of a patch, at least
 GAP, MARGIN, LINE = 20, 24, 26
@@ -93,11 +93,21 @@ def write_sheet(path: Path, titles: Sequence[str], rows: Sequence[Sequence[Panel
         sheet_image(titles, rows).save(path, quality=90)  # which PNG, having no loss, leaves aside
 
 
-def embedded(pixels: np.ndarray) -> str:
-    """An image as the text of a ``data:`` address; of a photograph JPEG is a fifth of PNG."""
+def jpeg(pixels: np.ndarray) -> bytes:
+    """An image, uint8, shape (H, W, 3), as JPEG; of a photograph that is a fifth of PNG."""
     held = io.BytesIO()
     Image.fromarray(pixels).save(held, "JPEG", quality=92, subsampling=0)
-    return "data:image/jpeg;base64," + base64.b64encode(held.getvalue()).decode()
+    return held.getvalue()
+
+
+def data_address(content: bytes) -> str:
+    """A JPEG as the text of a ``data:`` address."""
+    return "data:image/jpeg;base64," + base64.b64encode(content).decode()
+
+
+def embedded(pixels: np.ndarray) -> str:
+    """An image as the text of a ``data:`` address."""
+    return data_address(jpeg(pixels))
 
 
 def sheet_image(titles: Sequence[str], rows: Sequence[Sequence[Panel]]) -> Image.Image:

@@ -11,7 +11,10 @@ from typing import Any
 
 from rich.table import Table
 
-__all__ = ["ComparedResult", "draw", "shown", "write"]
+__all__ = ["MARKS", "ComparedResult", "draw", "markdown_table", "pareto_front", "shown", "write"]
+
+MARKS = "os^vDPX*"
+"""What tells one series from another beside its colour."""
 
 
 @dataclass(frozen=True)
@@ -91,10 +94,27 @@ def write(results: Sequence[ComparedResult], about: Mapping[str, Any], folder: P
         writer.writeheader()
         writer.writerows(asdict(result) for result in results)
     titles, rows = _columns(results)
-    lines = ["| " + " | ".join(cells) + " |" for cells in (titles, ["---", *["---:"] * (len(titles) - 1)], *rows)]
-    (folder / "comparison.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (folder / "comparison.md").write_text(markdown_table(titles, rows), encoding="utf-8")
     record = {**about, "rows": [asdict(result) for result in results]}
     (folder / "comparison.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def markdown_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown, all columns but the first aligned right; a cell is Markdown itself."""
+    lines = ["| " + " | ".join(cells) + " |" for cells in (titles, ["---", *["---:"] * (len(titles) - 1)], *rows)]
+    return "\n".join(lines) + "\n"
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[bool]:
+    """Whether each (cost, quality) is such that no other has at most its cost and at least its quality.
+
+    >>> pareto_front([(1.0, 70.0), (2.0, 80.0), (2.5, 75.0)])
+    [True, True, False]
+    """
+    return [
+        not any(other[0] <= cost and other[1] >= quality and other != (cost, quality) for other in points)
+        for cost, quality in points
+    ]
 
 
 def draw(results: Sequence[ComparedResult], paths: Sequence[Path]) -> None:
@@ -118,7 +138,7 @@ def draw(results: Sequence[ComparedResult], paths: Sequence[Path]) -> None:
             rows = [row for row in results if row.series == series and getattr(row, kind) is not None]
             rows.sort(key=lambda row: getattr(row, kind))
             height = [100 * row.top1 if row.top1 is not None else row.divergence for row in rows]
-            mark = {"marker": "os^vDPX*"[number % 8], "markersize": 5, "linewidth": 1.4}
+            mark = {"marker": MARKS[number % len(MARKS)], "markersize": 5, "linewidth": 1.4}
             axes.plot([getattr(row, kind) for row in rows], height, color=f"C{number % 10}", label=series, **mark)
         axes.set_xlabel("GMACs an image" if kind == "gmacs" else "measured speed-up over dense")
         axes.spines[["top", "right"]].set_visible(False)

@@ -12,6 +12,7 @@ from torchmetrics import MeanMetric
 
 from dtpvit.encoder.ops.collectives import gather_columns
 from dtpvit.evaluation.classifier import build_classifier, label_ranks
+from dtpvit.evaluation.cost import image_macs
 from dtpvit.evaluation.retrieval import recall_at_k
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ class ContrastiveValidation(nn.Module):
         super().__init__()
         self.acc1, self.acc5 = MeanMetric(), MeanMetric()
         self.tokens, self.rate, self.zeroshot_tokens = MeanMetric(), MeanMetric(), MeanMetric()
+        self.gmacs = MeanMetric()  # of the image tower, projection included
         self._classifier: Tensor | None = None
         self._column = torch.zeros(0, dtype=torch.int64)
         self._width = 0
@@ -34,7 +36,7 @@ class ContrastiveValidation(nn.Module):
 
     def start(self, task: Contrastive) -> None:
         """Forget the last pass and encode the class prompts with the weights of now."""
-        for metric in (self.acc1, self.acc5, self.tokens, self.rate, self.zeroshot_tokens):
+        for metric in (self.acc1, self.acc5, self.tokens, self.rate, self.zeroshot_tokens, self.gmacs):
             metric.reset()
         self._pairs.clear()
         prompts: tuple[list[str], list[Callable[[str], str]]] | None
@@ -59,6 +61,7 @@ class ContrastiveValidation(nn.Module):
         """Take in a batch of pairs or of labelled images."""
         image, encoding = task.model.visual.encode(task.normalise(batch["image"]))
         lengths = encoding.tokens.lengths.to(torch.float32)
+        self.gmacs.update(image_macs(task.trunk, encoding, self._width).float() / 1e9)
         if "text" in batch:
             self.tokens.update(lengths)
             self.rate.update((lengths - encoding.tokens.num_prefix) / encoding.tokens.patches.lengths)
@@ -86,4 +89,6 @@ class ContrastiveValidation(nn.Module):
         if self._classifier is not None:
             found["zeroshot_acc1"], found["zeroshot_acc5"] = self.acc1.compute(), self.acc5.compute()
             found["zeroshot_tokens"] = self.zeroshot_tokens.compute()
+        if found:
+            found["gmacs"] = self.gmacs.compute()
         return found

@@ -222,7 +222,7 @@ class Instruction(ImageTask):
         self.validation.reset()
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self.validation.update(self._read(batch))
+        self.validation.update(self._read(batch), self.trunk)
 
     def on_validation_epoch_end(self) -> None:
         for name, value in self.validation.results().items():

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torchmetrics import MaxMetric, MeanMetric, Metric, MinMetric, SumMetric
 
+from dtpvit.encoder import ImageEncoder
+from dtpvit.evaluation.cost import image_macs
 from dtpvit.interop.visual_language import Read
 
 __all__ = ["InstructionValidation"]
@@ -19,12 +21,13 @@ class InstructionValidation(nn.Module):
 
     ``loss``: mean over supervised tokens. ``exact``: share of answers of which every token is the most likely one after
     the true ones before it: for the first answer of a conversation the same as greedy generation's exact match.
-    ``visual_tokens``: of an image. ``cut_tokens``: text tokens that did not fit into ``max_length``.
+    ``visual_tokens``, ``gmacs``: of an image, in its encoder. ``cut_tokens``: text tokens that did not fit into
+    ``max_length``.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        metrics: dict[str, Metric] = {name: MeanMetric() for name in ("loss", "exact", "visual_tokens")}
+        metrics: dict[str, Metric] = {name: MeanMetric() for name in ("loss", "exact", "visual_tokens", "gmacs")}
         metrics |= {"visual_tokens_min": MinMetric(), "visual_tokens_max": MaxMetric(), "cut_tokens": SumMetric()}
         self.metrics = nn.ModuleDict(metrics)
 
@@ -33,14 +36,15 @@ class InstructionValidation(nn.Module):
         for metric in self._metrics().values():
             metric.reset()
 
-    def update(self, read: Read) -> None:
-        """Take in a batch."""
+    def update(self, read: Read, trunk: ImageEncoder) -> None:
+        """Take in a batch, whose images ``trunk`` has encoded."""
         metrics = self._metrics()
         metrics["cut_tokens"].update(read.cut.sum())
         if len(read.targets):
             metrics["loss"].update(cross_entropy(read.logits, read.targets, reduction="none"))
             metrics["exact"].update(exact_answers(read))
         if read.encoding is not None:
+            metrics["gmacs"].update(image_macs(trunk, read.encoding).float() / 1e9)
             tokens = read.encoding.tokens
             lengths = (tokens.lengths - tokens.num_prefix).to(torch.float32)
             for name in ("visual_tokens", "visual_tokens_min", "visual_tokens_max"):
