@@ -51,6 +51,10 @@ COMMANDS = {
         "dtpvit.evaluation.show:show",
         positional=("images", "image files, folders of images, or shards"),
     ),
+    "demo": Command(
+        "a local page for images of your own: [--checkpoint FILE...] [--reducers FILE...] [--port N]",
+        "dtpvit.evaluation.demo:demo",
+    ),
     "ask": Command(
         'answers about images: --checkpoint PATH [--image FILE]... "QUESTION"...',
         "dtpvit.evaluation.ask:ask",
