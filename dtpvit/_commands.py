@@ -56,6 +56,10 @@ COMMANDS = {
         "dtpvit.evaluation.report:report",
         positional=("runs", "folders of fit, such as runs/*"),
     ),
+    "demo": Command(
+        "a local page for images of your own: [--checkpoint FILE...] [--reducers FILE...] [--port N]",
+        "dtpvit.evaluation.demo:demo",
+    ),
     "ask": Command(
         'answers about images: --checkpoint PATH [--image FILE]... "QUESTION"...',
         "dtpvit.evaluation.ask:ask",

@@ -32,6 +32,17 @@ with torch.inference_mode():
     torch.testing.assert_close(twin.eval().encode_image(image), features)
 """
 
+EXPORT = """
+import torch
+from dtpvit.interop.create import build_clip
+from dtpvit.interop.export import export
+vision = {"image_size": 32, "patch_size": 16, "dim": 32, "depth": 1, "num_heads": 2}
+text = {"context_length": 8, "vocab_size": 100, "width": 16, "heads": 2, "layers": 1}
+config = {"embed_dim": 16, "vision": vision, "text": text}
+torch.save({"state_dict": build_clip(config).state_dict(), "hyper_parameters": {"model": config}}, "last.ckpt")
+export("last.ckpt", "exported")
+"""
+
 
 def run(*command: str, cwd: Path, path: str = "") -> str:
     environment = {**os.environ, "PYTHONPATH": path}
@@ -74,3 +85,9 @@ def test_the_wheel_works_in_an_empty_folder(wheel: Path, tmp_path: Path) -> None
     assert len(names) > 10
     run(sys.executable, "-c", USE.format(wheel=str(wheel), names=names), cwd=tmp_path, path=str(wheel))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_wheel_has_the_licence_that_exported_folders_get(wheel: Path, tmp_path: Path) -> None:
+    run(sys.executable, "-c", EXPORT, cwd=tmp_path, path=str(wheel))
+    (inside,) = wheel.glob("dtpvit-*.dist-info/**/LICENSE")
+    assert (tmp_path / "exported/LICENSE").read_text() == inside.read_text() == (REPOSITORY / "LICENSE").read_text()

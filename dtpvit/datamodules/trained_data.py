@@ -22,6 +22,11 @@ class TrainedData(L.LightningDataModule):
 
     get_data: str | None = None
 
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint says of its training data: where they were, as the user named them."""
+        found = {"train_data": getattr(self, "train", None), "batch_size": getattr(self, "batch_size", None)}
+        return {} if found["train_data"] is None else found
+
     @property
     def _rank(self) -> int:
         return 0 if self.trainer is None else self.trainer.global_rank

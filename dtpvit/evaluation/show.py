@@ -18,15 +18,14 @@ from dtpvit.datamodules.real_images import real_images
 from dtpvit.encoder import ImageEncoder, VisionEncoder
 from dtpvit.encoder.ops.scan import ORDERS
 from dtpvit.errors import UserError
-from dtpvit.evaluation.compared_rows import read_rows
 from dtpvit.evaluation.compression_rates import set_compression
 from dtpvit.evaluation.picture_page import SlidingPanel, write_page
 from dtpvit.evaluation.picture_sheet import Panel, write_sheet
 from dtpvit.evaluation.seen_segments import SeenSegments, seen_segments
 from dtpvit.evaluation.segment_pictures import Drawing, Style, draw_heat, draw_segments
-from dtpvit.evaluation.towers import load_tower
+from dtpvit.evaluation.shown_towers import shown_towers
+from dtpvit.evaluation.towers import Tower
 from dtpvit.interop.preprocessing import eval_transform, normalised
-from dtpvit.interop.pretrained import load_pretrained
 from dtpvit.output_file import output_file
 
 __all__ = ["heat_panel", "segments_panel", "show"]
@@ -70,7 +69,8 @@ def show(
         out: The file to write, .png, .jpg, .svg or .html; photographs are smallest as .jpg.
     """
     target = _target(out)
-    subjects = _in_orders(_subjects(checkpoint or [], model, init, reducers or []), orders)
+    towers = shown_towers(checkpoint or [], model, init, reducers or [])
+    subjects = _in_orders([_Subject.of(tower) for tower in towers], orders)
     if limit < 1:
         raise UserError(f"limit is {limit}; expected at least 1")
     for subject in subjects:
@@ -95,6 +95,11 @@ class _Subject:
     std: tuple[float, ...]
     resize_mode: str = "shortest"
     order: str | None = None
+
+    @classmethod
+    def of(cls, tower: Tower) -> _Subject:
+        assert tower.trunk is not None
+        return cls(tower.name, tower.trunk, tower.mean, tower.std, tower.resize_mode)
 
     def look(self, pixels: Tensor) -> list[SeenSegments]:
         """uint8 images, shape (B, 3, H, W), to what became of their patches."""
@@ -126,35 +131,6 @@ def _target(out: str) -> Path:
     path = output_file(out)
     assert path is not None
     return path
-
-
-def _subjects(checkpoints: list[str], model: str | None, init: str | None, fragments: list[str]) -> list[_Subject]:
-    if not checkpoints and not fragments:
-        raise UserError("nothing says how tokens are reduced; give --checkpoint FILE, or --model NAME --reducers FILE")
-    if bool(fragments) != (model is not None):
-        raise UserError("--model and --reducers go together: the first names the encoder, the second what is put in it")
-    found = list[_Subject]()
-    for spec in dict.fromkeys(checkpoints):
-        tower = load_tower(spec)
-        if tower.trunk is None:
-            raise UserError(f"{spec} is no encoder of dtpvit's; give its name with --model, and --reducers to put in")
-        found.append(_Subject(_short(spec), tower.trunk, tower.mean, tower.std, tower.resize_mode))
-    for row in read_rows(fragments)[1:] if model is not None else []:  # the first is the dense model
-        torch.manual_seed(0)
-        loaded = load_pretrained(str(model), init, row.reducers)
-        found.append(_Subject(row.name, loaded.trunk, loaded.mean, loaded.std))
-        learned = {name for name, _ in loaded.trunk.reducers.named_parameters()}
-        if any(not name.endswith("boundary_sensitivity") for name in learned):
-            print(f"dtpvit: {row.name} has parts that training would change; it is shown as it starts")
-    return found
-
-
-def _short(spec: str) -> str:
-    """The run of a checkpoint of ours, else the name of the file."""
-    path = Path(spec)
-    if path.parent.name == "checkpoints":
-        return f"{path.parent.parent.name}, {path.stem}"
-    return path.stem if path.suffix in (".ckpt", ".pt", ".pth", ".safetensors", ".yaml", ".yml") else spec
 
 
 def _in_orders(subjects: Sequence[_Subject], orders: str | None) -> list[_Subject]:

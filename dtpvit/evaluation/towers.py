@@ -20,13 +20,14 @@ from dtpvit.errors import UserError
 from dtpvit.evaluation.cost import counted_macs, image_cost
 from dtpvit.interop.image_models import ImageClassifier, create_classifier, load_classifier, vision_config
 from dtpvit.interop.instruction_models import is_instruction, load_encoder
-from dtpvit.interop.loading import LoadedClip, is_classifier, load_clip
+from dtpvit.interop.loading import LoadedClip, Tokenize, is_classifier, load_clip
 from dtpvit.interop.model_config import NAMES, replaced, trunk_config, with_vision
 from dtpvit.interop.preprocessing import aspect_transform, eval_transform, normalised
+from dtpvit.interop.pretrained import Pretrained
 from dtpvit.interop.timm_models import TRUNKS, TimmEncoder
 from dtpvit.interop.weight_files import read_checkpoint
 
-__all__ = ["Tower", "dense_counterpart", "load_tower"]
+__all__ = ["Tower", "dense_counterpart", "load_tower", "pretrained_tower", "twin_tower", "without_reducers"]
 
 _WEIGHTS = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
 
@@ -144,13 +145,45 @@ def dense_counterpart(tower: Tower) -> Tower:
         return load_tower("-".join(tower.model.removeprefix("DTP-").split("-")[:3]))
     if tower.model in TRUNKS and (dense := _timm_dense(tower)) is not None:
         return dense
-    if not isinstance(tower.trunk, VisionEncoder):
+    dense = without_reducers(tower)
+    if dense is None:
         raise UserError(f"{tower.name} has no reducers to leave out; name a --reference")
-    twin = copy.deepcopy(tower.whole)
-    image: Any = twin.visual if isinstance(twin, DualEncoder) else twin
-    trunk = image.trunk if isinstance(twin, DualEncoder) else image
-    trunk.reducers = nn.ModuleDict()
-    return replace(tower, name=f"{tower.name}, without reducers", image=image, trunk=trunk, whole=twin)
+    return dense
+
+
+def twin_tower(tower: Tower) -> Tower:
+    """A tower of ours with the same weights, whose reducers may be changed: rates and thresholds are its own."""
+    whole = copy.deepcopy(tower.whole, {id(weight): weight for weight in tower.whole.parameters()})
+    image: Any = whole.visual if isinstance(whole, DualEncoder) else whole
+    trunk = image.trunk if isinstance(whole, DualEncoder) else image
+    return replace(tower, image=image, trunk=trunk, whole=whole)
+
+
+def without_reducers(tower: Tower) -> Tower | None:
+    """The same encoder, dense, with the same weights; None of one whose levels are what reduces."""
+    if not isinstance(tower.trunk, VisionEncoder):
+        return None
+    twin = twin_tower(tower)
+    assert twin.trunk is not None
+    twin.trunk.reducers = nn.ModuleDict()
+    return replace(twin, name=f"{tower.name}, without reducers")
+
+
+def pretrained_tower(name: str, loaded: Pretrained) -> Tower:
+    """The tower of a pretrained model with reducers put in; of a CLIP with its text tower."""
+    model: Any = loaded.model
+    return Tower(
+        name=name,
+        model="custom",
+        image=model.visual if loaded.is_clip else model,
+        trunk=loaded.trunk,
+        embed_dim=model.visual.head.proj.out_features if loaded.is_clip else loaded.num_classes,
+        whole=model,
+        image_size=(loaded.trunk.image_size[0], loaded.trunk.image_size[1]),
+        mean=loaded.mean,
+        std=loaded.std,
+        tokenize=Tokenize(model.context_length) if loaded.is_clip else None,
+    )
 
 
 def _of_clip(name: str, loaded: LoadedClip) -> Tower:

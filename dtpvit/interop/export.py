@@ -12,10 +12,12 @@ from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from dtpvit.encoder import DualEncoder, VisualTower
 from dtpvit.encoder.reducers import DynamicPooling
 from dtpvit.errors import UserError
+from dtpvit.interop.checkpoint_facts import checkpoint_facts
 from dtpvit.interop.checkpoint_format import FORMAT, FORMAT_KEY
 from dtpvit.interop.create import build_clip
 from dtpvit.interop.instruction_models import is_instruction, load_instruction_model, save_instruction_model
 from dtpvit.interop.loading import chosen_model, load_state
+from dtpvit.interop.model_card import ASSISTANT_CARD, CLIP_CARD, write_card
 from dtpvit.interop.model_config import model_config, to_open_clip
 from dtpvit.interop.onnx_file import write_onnx
 from dtpvit.interop.weight_files import read_checkpoint, state_of, write_safetensors
@@ -33,7 +35,8 @@ def export(
 ) -> None:
     """Write a checkpoint as a folder that open_clip loads, or its image tower as an ONNX file, or both.
 
-    A checkpoint of the instruction task is written as a folder that ``dtpvit.load_assistant`` loads, adapters merged.
+    A checkpoint of the instruction task is written as a folder that ``dtpvit.load_assistant`` loads, adapters merged. A
+    folder has a model card, README.md, of what the checkpoint records, and LICENSE, that of the code.
 
     The folder loads under ``local-dir:FOLDER``, after ``import dtpvit``. The ONNX file takes normalised images, as many
     at a time as one likes, and gives the features before their normalisation; it is compared with PyTorch in
@@ -59,7 +62,9 @@ def export(
     if is_instruction(content):
         if out is None or onnx is not None:
             raise UserError("a model that answers questions is written as a folder only; give --out FOLDER")
-        save_instruction_model(load_instruction_model(checkpoint), out)
+        found = load_instruction_model(checkpoint)
+        save_instruction_model(found, out)
+        write_card(Path(out), ASSISTANT_CARD, found.model.vision, 0, checkpoint_facts(content))
         print(f"wrote {out}: dtpvit.load_assistant({out!r})")
         return
     config = model_config(chosen_model(model, content, checkpoint))
@@ -67,6 +72,8 @@ def export(
     load_state(clip, state_of(content), checkpoint)
     if out is not None:
         _write_folder(clip, config, Path(out))
+        trunk, embed_dim = clip.visual.trunk, int(config["embed_dim"])
+        write_card(Path(out), CLIP_CARD, trunk, embed_dim, checkpoint_facts(content), Path(onnx) if onnx else None)
     if onnx is not None:
         _write_tower(clip.visual, Path(onnx), budget)
 
