@@ -1,0 +1,27 @@
+"""A page that would load anything over the network is an error: the site is read from a disk, and tells nobody."""
+
+from __future__ import annotations
+
+import logging
+import re
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.pages import Page
+
+logger = logging.getLogger("mkdocs.hooks.no_network")
+_LOADED = re.compile(
+    r"""<(?:script|img|iframe|source|video|audio|embed)\b[^>]*\bsrc=["']?((?:https?:)?//[^"'\s>]+)"""
+    r"""|<link\b(?=[^>]*rel=["']?(?:stylesheet|preload|preconnect|icon|prefetch|modulepreload))[^>]*href=["']?((?:https?:)?//[^"'\s>]+)"""
+)
+
+
+def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
+    """Warn, which is an error under ``strict``, of addresses that a browser would fetch by itself."""
+    for found in loaded(output):
+        logger.warning("%s would load %s over the network; keep a copy in docs/", page.file.src_uri, found)
+    return output
+
+
+def loaded(html: str) -> list[str]:
+    """Addresses of scripts, styles, pictures and frames that a page takes from elsewhere."""
+    return [found[1] or found[2] for found in _LOADED.finditer(html)]

@@ -1,0 +1,35 @@
+"""Notebooks of ``docs/notebooks`` as pages, with the outputs that are stored in them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import nbformat
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from nbconvert import MarkdownExporter
+
+NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add a page and its pictures for each notebook, and the notebook itself to download."""
+    for path in sorted(NOTEBOOKS.glob("*.ipynb")):
+        text, pictures = page(path)
+        files.append(File.generated(config, f"notebooks/{path.stem}.md", content=text))
+        files.append(File.generated(config, f"notebooks/{path.name}", content=path.read_bytes()))
+        for name, data in pictures.items():
+            files.append(File.generated(config, f"notebooks/{name}", content=data))
+    return files
+
+
+def page(path: Path) -> tuple[str, dict[str, bytes]]:
+    """Markdown of a notebook, and the pictures that it shows, by name."""
+    notebook = nbformat.read(path, as_version=4)
+    text, resources = MarkdownExporter().from_notebook_node(
+        notebook, {"output_files_dir": f"{path.stem}_files", "unique_key": path.stem}
+    )
+    # Behind the title: where the notebook is, since its page can only be read.
+    title, rest = re.split(r"\n", text.lstrip(), maxsplit=1)
+    return f"{title}\n\n[The notebook]({path.name}){{: download}}\n{rest}", resources["outputs"]
