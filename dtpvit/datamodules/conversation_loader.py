@@ -16,7 +16,7 @@ from dtpvit.datamodules.image_places import read_place
 from dtpvit.datamodules.labelled import check_batching
 from dtpvit.datamodules.samples import SkippedSample, decode_image, sample_seed
 from dtpvit.datamodules.scheduled import Schedule, Substituting
-from dtpvit.datamodules.worker_signals import outlive_signals
+from dtpvit.datamodules.worker_signals import obey_parent_alone, started
 from dtpvit.interop.chat import Chat
 from dtpvit.interop.preprocessing import EvalTransform
 
@@ -190,7 +190,7 @@ class ConversationLoader:
             batch_size=batch_size,
             sampler=range(rank, len(samples), world_size),
             num_workers=num_workers,
-            worker_init_fn=outlive_signals,
+            worker_init_fn=obey_parent_alone,
             collate_fn=_Whole(samples),
             pin_memory=torch.cuda.is_available(),
         )
@@ -201,7 +201,7 @@ class ConversationLoader:
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         self.skipped, self.broken = 0, []
-        for batch, broken in self._loader:
+        for batch, broken in started(self._loader):
             for record, cause in broken:
                 self.skipped += 1
                 self.broken = (self.broken + [self._samples.name(record)])[:100]

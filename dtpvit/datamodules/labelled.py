@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from dtpvit.datamodules.image_places import Place, read_place
 from dtpvit.datamodules.labelled_index import LabelledIndex, Sample, index_labelled
 from dtpvit.datamodules.samples import SkippedSample, decode_image
-from dtpvit.datamodules.worker_signals import outlive_signals
+from dtpvit.datamodules.worker_signals import obey_parent_alone, started
 from dtpvit.errors import UserError
 from dtpvit.interop.preprocessing import eval_transform
 
@@ -64,7 +64,7 @@ class LabelledLoader:
             _Images(index.samples[rank::world_size], transform),
             batch_size=batch_size,
             num_workers=num_workers,
-            worker_init_fn=outlive_signals,
+            worker_init_fn=obey_parent_alone,
             collate_fn=_Collate(image_size),
             pin_memory=torch.cuda.is_available(),
         )
@@ -75,7 +75,7 @@ class LabelledLoader:
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         self.skipped, self.broken = self._incomplete, []
-        for batch in self._loader:
+        for batch in started(self._loader):
             broken = batch.pop("broken")
             self.skipped += len(broken)
             self.broken = (self.broken + broken)[:100]

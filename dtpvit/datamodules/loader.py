@@ -12,7 +12,7 @@ from dtpvit.datamodules.resumable import Resumable, steps_per_epoch
 from dtpvit.datamodules.samples import CAUSES
 from dtpvit.datamodules.shards import shard_counts
 from dtpvit.datamodules.stream import Recipe, ShardStream
-from dtpvit.datamodules.worker_signals import outlive_signals
+from dtpvit.datamodules.worker_signals import obey_parent_alone, started
 from dtpvit.errors import UserError
 
 __all__ = ["ResumableLoader"]
@@ -88,7 +88,7 @@ class ResumableLoader(Resumable, Generic[Raw, Sample]):
             self._stream,
             batch_size=None,
             num_workers=num_workers,
-            worker_init_fn=outlive_signals,
+            worker_init_fn=obey_parent_alone,
             persistent_workers=num_workers > 0,
             pin_memory=torch.cuda.is_available(),
             # Its own generator: worker seeds drawn from the global one would change the model's randomness.
@@ -129,7 +129,7 @@ class ResumableLoader(Resumable, Generic[Raw, Sample]):
         control = [self._epoch, self._position, self._salt, *self._used]
         self._stream.control.copy_(torch.tensor(control, dtype=torch.int64))
         self.examples = []
-        for logical, used, batch, bad in self._loader:
+        for logical, used, batch, bad in started(self._loader):
             self.examples += bad
             if isinstance(batch, str):
                 # Now, for the garbage collector may close their queues first and then wait for them in vain.

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from dtpvit.datamodules.bad_share import Examples, Seen
 from dtpvit.datamodules.resumable import Resumable
 from dtpvit.datamodules.samples import SkippedSample, sample_seed
-from dtpvit.datamodules.worker_signals import outlive_signals
+from dtpvit.datamodules.worker_signals import obey_parent_alone, started
 from dtpvit.errors import UserError
 
 __all__ = ["Draws", "Schedule", "ScheduledLoader", "Substituting"]
@@ -165,7 +165,7 @@ class ScheduledLoader(Resumable):
             batch_size=None,
             sampler=schedule,
             num_workers=num_workers,
-            worker_init_fn=outlive_signals,
+            worker_init_fn=obey_parent_alone,
             persistent_workers=num_workers > 0,
             pin_memory=torch.cuda.is_available(),
             # Its own generator: worker seeds drawn from the global one would change the model's randomness.
@@ -195,7 +195,7 @@ class ScheduledLoader(Resumable):
         examples, self.examples = Examples(), []
         schedule = self._schedule
         schedule.epoch, schedule.position, schedule.salt = 0 if self._fixed else self._epoch, self._position, self._salt
-        for batch, broken in self._loader:
+        for batch, broken in started(self._loader):
             for record, cause in broken:
                 skipped[cause] += 1
                 examples.add(cause, self._name(record))

@@ -52,12 +52,12 @@ class Preemption(Callback):
     def __init__(self) -> None:
         super().__init__()
         self._trainer: Trainer | None = None
-        self._asked = 0
+        self._asked = self._agreed = 0
         self._signal = "SIGTERM"
         self._asked_at = 0.0
         self._common: Tensor | None = None
         self._reduction: distributed.Work | None = None
-        self._before_validation: dict[str, Any] | None = None
+        self._validation_due = self._leaving = False
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listen to signals."""
@@ -75,13 +75,19 @@ class Preemption(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save and leave, if any rank was told to."""
-        if answer := self._answer():
-            self._leave(trainer, answer)
+        self._agreed = self._answer()
+        loop = trainer.fit_loop.epoch_loop
+        self._validation_due = loop._should_check_val_fx(trainer.fit_loop._data_fetcher)  # pyright: ignore
+        # After the last step of an epoch without validation, the epoch ends first: no resume would make up for that.
+        if self._agreed and (self._validation_due or not loop._is_training_done):
+            trainer._logger_connector.on_batch_end()  # the step's figures, as Lightning would log them next
+            trainer._logger_connector.update_train_step_metrics()
+            self._leave(trainer)
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remember where training is: no validation can be continued in the middle."""
-        if not trainer.sanity_checking:
-            self._before_validation = trainer.fit_loop.state_dict()
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save and leave, if the ranks were told to in the last step of the epoch before."""
+        if self._agreed:
+            self._leave(trainer)
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -93,17 +99,23 @@ class Preemption(Callback):
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save and leave, if any rank was told to, before figures are made of a part of the images."""
         self._start_asking(trainer)
-        if answer := self._answer():
-            self._leave(trainer, answer)
-        self._before_validation = None
+        self._agreed = self._answer()
+        if self._agreed:
+            self._validation_due = True
+            self._leave(trainer)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Of a run that is stopped in a validation, record that it has not begun."""
-        if trainer.validating and self._asked and self._before_validation is not None:
-            loops = self._before_validation
-            for count in ("total", "current"):  # as they are where checkpoints of a training step are written
-                loops["epoch_loop.batch_progress"][count]["completed"] -= 1
-            checkpoint["loops"]["fit_loop"] = loops
+        """Record of a run that leaves before or in a validation that this is to begin; it cannot go on in the middle.
+
+        Lightning takes one for interrupted that has a batch begun and not done.
+        """
+        if self._leaving and self._validation_due:
+            loops = checkpoint["loops"]["fit_loop"]
+            training, validation = (loops[f"epoch_loop.{loop}batch_progress"] for loop in ("", "val_loop."))
+            for count in ("total", "current"):
+                training[count]["completed"] = training[count]["processed"]
+                begun = int(count == "total")
+                validation[count] |= {"ready": begun, "started": begun, "processed": 0, "completed": 0}
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let go of the trainer, which puts the signal handlers back that it found."""
@@ -144,15 +156,15 @@ class Preemption(Callback):
         self._reduction.wait()
         return int(self._common.item())
 
-    def _leave(self, trainer: Trainer, answer: int) -> None:
-        self._asked = answer
+    def _leave(self, trainer: Trainer) -> None:
+        self._leaving = True
         path = None if trainer.sanity_checking else _save_last(trainer)
         if trainer.is_global_zero:
             step = f"after step {trainer.global_step}, in epoch {trainer.current_epoch + 1}"
             saved = "nothing was saved" if path is None else f"saved in {os.path.relpath(path)}"
             on = "" if path is None else "; the same command with --ckpt_path last goes on there"
             print(f"dtpvit: stopped by {self._signal} {step}; {saved}{on}", file=sys.stderr, flush=True)
-            if answer == _REQUEUE:
+            if self._agreed == _REQUEUE:
                 _requeue()
         trainer.training = True  # whose end takes down the loaders of both, validation's and training's
         environment = trainer._accelerator_connector.cluster_environment
