@@ -8,6 +8,7 @@ import os
 import signal
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,8 @@ class Diary(Callback):
     """Writes down which samples each step saw, and if told to, ends the process by a signal at some place.
 
     Args:
-        file: A line of JSON is appended to it for each batch: the optimizer steps before it, and its keys.
+        file: A line of JSON is appended to it for each start and each batch: the optimizer steps before it, the epoch,
+            and the batch's keys, null for a start.
         at_step: Optimizer steps after which the process is killed.
         moment: In which hook.
     """
@@ -39,12 +41,17 @@ class Diary(Callback):
     def __init__(self, file: str, at_step: int | None = None, moment: str = _MOMENTS[2]) -> None:
         self.file, self.at_step, self.moment = file, at_step, moment
 
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self._write(trainer, None)
+
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
         keys = batch.get("key", batch.get("record"))
-        keys = keys.tolist() if isinstance(keys, Tensor) else keys
+        self._write(trainer, keys.tolist() if isinstance(keys, Tensor) else keys)
+        self._die(trainer, _MOMENTS[0])
+
+    def _write(self, trainer: Trainer, keys: list[Any] | None) -> None:
         with open(self.file, "a", encoding="utf-8") as file:
             file.write(json.dumps([trainer.global_step, trainer.current_epoch, keys]) + "\n")
-        self._die(trainer, _MOMENTS[0])
 
     def on_before_optimizer_step(self, trainer: Trainer, *unused: Any) -> None:
         self._die(trainer, _MOMENTS[1])
@@ -95,21 +102,18 @@ def _run(arguments: list[str], folder: Path) -> None:
     raise SystemExit(main(arguments))
 
 
-def final_history(file: Path) -> dict[tuple[int, int], Any]:
-    """The samples of each batch that the final weights were learned from, by optimizer step and number within it.
+def final_history(file: Path) -> list[tuple[int, int, Any]]:
+    """Optimizer steps before it, epoch and keys of each batch that the final weights were learned from, in order.
 
-    What a process did after the checkpoint from which another went on was done again, and counts as that other did it.
+    What a process did after the checkpoint from which another went on was lost and done again: it does not count.
     """
-    history: dict[tuple[int, int], Any] = {}
-    last = -1
-    number = 0
+    history: list[tuple[int, int, Any]] = []
     for line in file.read_text(encoding="utf-8").splitlines():
         step, epoch, keys = json.loads(line)
-        number = number + 1 if step == last else 0
-        if step < last:
-            history = {place: seen for place, seen in history.items() if place[0] < step}
-        last = step
-        history[step, number] = [epoch, keys]
+        if keys is None:
+            history = [batch for batch in history if batch[0] < step]
+        else:
+            history.append((step, epoch, keys))
     return history
 
 
@@ -135,11 +139,12 @@ def _bits(tensor: Tensor) -> Tensor:
     return tensor.contiguous().flatten().view(torch.uint8)
 
 
-def wait_for(path: Path, process: BaseProcess, timeout: float = 60) -> bool:
-    """Whether the file came to be, and holds something, while the process was running."""
+def wait_for(path: Path, process: BaseProcess, *, more_than: int = 0, timeout: float = 120) -> bool:
+    """Whether the file came to hold more than so many bytes while the process was running."""
     end = time.monotonic() + timeout
     while process.is_alive() and time.monotonic() < end:
-        if path.exists() and path.stat().st_size:
-            return True
+        with suppress(FileNotFoundError):
+            if path.stat().st_size > more_than:
+                return True
         time.sleep(0.0005)
     return False

@@ -65,7 +65,6 @@ def killed_and_resumed(kind, num_workers, kills, images, folder):
     [
         ("contrastive", 2, 10, "on_train_batch_start"),
         ("classification", 0, 5, "on_before_optimizer_step"),
-        ("classification", 0, 14, "on_validation_start"),
     ],
 )
 def test_a_killed_run_ends_bit_for_bit_as_one_that_was_not(kind, num_workers, step, moment, images, whole, tmp_path):
@@ -77,7 +76,7 @@ def test_each_epoch_has_every_readable_sample_about_once(whole):
     """Seven batches of four of 27 samples: one is seen twice, none is left out."""
     _, diary = whole("classification", 0)
     for epoch in range(3):
-        seen = Counter(key for when, keys in final_history(diary).values() if when == epoch for key in keys)
+        seen = Counter(key for _, when, keys in final_history(diary) if when == epoch for key in keys)
         assert len(seen) == 27 and sum(seen.values()) == 28
 
 
@@ -98,6 +97,12 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_last_good_one(images, w
     assert damage(partial) is not None
     assert fit(arguments, folder) == 0, (folder / "log").read_text()
     check_same(folder, diary, whole("contrastive", 0))
+
+
+@pytest.mark.slow
+def test_a_run_killed_in_its_validation_ends_bit_for_bit(images, whole, tmp_path):
+    found = killed_and_resumed("classification", 0, [(14, "on_validation_start")], images, tmp_path / "run")
+    check_same(*found, whole("classification", 0))
 
 
 @pytest.mark.slow
