@@ -29,6 +29,7 @@ from dtpvit.tasks.checkpoint_check import check_checkpoint
 from dtpvit.tasks.checkpoint_file import CheckpointFiles, whole_checkpoints
 from dtpvit.tasks.efficiency import EfficiencyMonitor
 from dtpvit.tasks.image_task import ImageTask
+from dtpvit.tasks.loss_watch import LossWatch
 from dtpvit.tasks.preemption import Preemption
 
 __all__ = ["TrainerCLI"]
@@ -182,6 +183,8 @@ class TrainerCLI(LightningCLI):
         measured = any(isinstance(callback, EfficiencyMonitor) for callback in callbacks)
         if self._get(self.config, "efficiency") and self._command == "fit" and not (measured or given.fast_dev_run):
             callbacks.append(EfficiencyMonitor())
+        if self._command == "fit" and not any(isinstance(callback, LossWatch) for callback in callbacks):
+            callbacks.append(LossWatch())
         if isinstance(seed := self._get(self.config, "seed_everything"), int):
             callbacks.append(StepSeed(seed))
         if self._command == "fit" and not given.fast_dev_run:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -132,6 +133,11 @@ class Classification(ImageTask):
     @property
     def trunk(self) -> ImageEncoder:
         return self.model
+
+    @property
+    def chance_loss(self) -> float | None:
+        plain = self.mode != "adapt" and self.hparams["teacher"] is None and not self.hparams["binary_cross_entropy"]
+        return math.log(self.num_classes) if plain else None
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits, shape (B, num_classes), of normalised images, shape (B, 3, H, W)."""

@@ -124,6 +124,11 @@ class Contrastive(ImageTask):
             self.trainer.strategy.model.require_backward_grad_sync = False  # pyright: ignore
 
     @property
+    def chance_loss(self) -> float | None:
+        size = getattr(self.trainer.train_dataloader, "batch_size", None)
+        return math.log(size * self.trainer.world_size) if size and self.model.logit_bias is None else None
+
+    @property
     def _distributed(self) -> bool:
         return self.trainer.world_size > 1
 

@@ -78,6 +78,18 @@ class ImageTask(lightning.LightningModule):
         height, width = self.trunk.image_size
         return height, width
 
+    @property
+    def warmup_steps(self) -> int:
+        """Optimizer steps over which the learning rate rises."""
+        if "warmup_steps" in self.hparams:
+            return int(self.hparams["warmup_steps"])
+        return round(self.hparams["warmup_ratio"] * self.trainer.estimated_stepping_batches)
+
+    @property
+    def chance_loss(self) -> float | None:
+        """What a model loses that gives every input the same answer; None where that is not known."""
+        return None
+
     def normalise(self, images: Tensor) -> Tensor:
         """uint8 images, shape (B, 3, H, W), to what the model takes."""
         return (images.to(self.pixel_mean) - self.pixel_mean) / self.pixel_std
