@@ -1,4 +1,4 @@
-"""Valid files, spoilt: bytes, numbers and lengths changed, with the checksums that would give it away made good again."""
+"""Valid files, spoilt: bytes, numbers and lengths changed, the checksums that would give it away made good again."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def spoil_tar(seeds: Sequence[bytes], random: Random) -> bytes:
 
 
 def spoil_gzip(seeds: Sequence[bytes], random: Random) -> bytes:
-    """A tar spoilt and then compressed, or compressed and then spoilt; or a tar of which a part is repeated 400 MB long."""
+    """A tar spoilt and then compressed, or compressed and then spoilt; or a few bytes that are 400 MB of zeros."""
     if random.random() < 0.002:
         stream = io.BytesIO()
         with gzip.GzipFile(fileobj=stream, mode="wb", compresslevel=9) as file:

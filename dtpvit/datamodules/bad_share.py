@@ -79,7 +79,7 @@ def too_many_bad(
     if max_skipped >= 1 or seen.number < LEAST_SEEN or seen.bad <= max_skipped:
         return None
     counts = ", ".join(f"{cause}: {count}" for cause, count in causes.items() if count)
-    such_as = ", ".join(f"{where[:200]} ({cause})" for cause, where in examples[: 2 * _EXAMPLES])
+    such_as = ", ".join(f"{' '.join(where.split())[:200]} ({cause})" for cause, where in examples[: 2 * _EXAMPLES])
     return UserError(
         f"{seen.bad:.0%} of the training samples are bad, judged by {seen.number:,} ({counts}; such as {such_as}), "
         f"where max_skipped allows {max_skipped:.0%}: look for the cause (`dtpvit data check` reads shards), or allow "

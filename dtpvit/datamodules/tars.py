@@ -183,13 +183,18 @@ def _bounded(size: int, most: int) -> int:
 
 def _checked_size(header: bytes) -> int:
     """Bytes of the member, after the header's checksum was verified (its own field counts as blanks)."""
-    digits = header[148:156].strip(b"\0 ")
-    stored = int(digits, 8) if digits.isdigit() else -1
-    if stored != sum(header) - sum(header[148:156]) + 8 * 32:
+    if _octal(header[148:156]) != sum(header) - sum(header[148:156]) + 8 * 32:
         raise ValueError("damaged header")
     if header[124] & 0x80:  # GNU's binary form, for members of 8 GiB and more
         return int.from_bytes(header[125:136], "big")
-    return int(header[124:136].strip(b"\0 ") or b"0", 8)
+    return _octal(header[124:136])
+
+
+def _octal(field: bytes) -> int:
+    digits = field.split(b"\0", 1)[0].strip()
+    if digits.strip(b"01234567"):
+        raise ValueError("damaged header")
+    return int(digits or b"0", 8)
 
 
 def _name(header: bytes) -> str:
@@ -203,10 +208,13 @@ def _pax(body: bytes) -> dict[str, str]:
     start = 0
     while start < len(body):
         space = body.find(b" ", start, start + _LONGEST_DIGITS)
-        length = int(body[start:space]) if space > start else 0
+        digits = body[start : max(start, space)]
+        length = int(digits) if digits.isdigit() else 0
         if length <= max(1, space - start):  # else what is read next would be the same again
             raise ValueError("damaged pax header")
         key, _, value = body[space + 1 : start + length - 1].partition(b"=")
+        if key == b"size" and not value.isdigit():
+            raise ValueError("damaged pax header")
         if key in (b"path", b"size"):
             records[key.decode()] = value.decode("utf-8", "replace")
         start += length

@@ -50,11 +50,11 @@ def test_a_header_may_claim_any_size(tmp_path, size, kind):
         (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
 
         def read(name=name):
-            with pytest.raises(BrokenTar, match="a member claims"):
+            with pytest.raises(BrokenTar, match=r"a member claims|damaged header"):
                 list(read_members(str(tmp_path / name)))
 
         assert heaviest(read) < 20
-    with pytest.raises(BrokenTar, match="a member claims"):
+    with pytest.raises(BrokenTar, match=r"a member claims|damaged header"):
         list(index_members(str(tmp_path / "x.tar")))
 
 
