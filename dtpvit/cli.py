@@ -232,8 +232,13 @@ def _check_text(path: Path) -> None:
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > _DEEPEST:
                 raise UserError(f"the config file {path} is nested more than {_DEEPEST} deep; no option is.")
+        yaml.safe_load(text)
+    except UserError:
+        raise
     except yaml.YAMLError:
         return  # jsonargparse says where
+    except ValueError as error:  # a number of thousands of digits, a day that is in no calendar
+        raise UserError(f"the config file {path} holds a value that is none ({error}); correct it.") from None
 
 
 def explain(error: BaseException) -> str | None:
