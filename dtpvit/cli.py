@@ -211,9 +211,36 @@ def _check_config_files(command: str, arguments: list[str]) -> None:
         raise UserError(f"{command} needs to know what to run; write `dtpvit {command} --config FILE`.")
     for _, _, option, value in options(arguments):
         path = Path(value)
-        if option not in ("-c", "--config") or path.is_file() or "\n" in value or "://" in value:
+        if option not in ("-c", "--config") or "\n" in value or "://" in value:
+            continue
+        if path.is_file():
+            _check_text(path)
             continue
         raise missing_file("config file", value, "configs")
+
+
+def _check_text(path: Path) -> None:
+    """Refuse what jsonargparse would end with a traceback at."""
+    import yaml
+
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        what = "is no text in UTF-8" if isinstance(error, UnicodeDecodeError) else f"cannot be read ({error.strerror})"
+        raise UserError(f"the config file {path} {what}; give a YAML file.") from None
+    depth = 0
+    try:
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > _DEEPEST:
+                raise UserError(f"the config file {path} is nested more than {_DEEPEST} deep; no option is.")
+        yaml.safe_load(text)
+    except UserError:
+        raise
+    except yaml.YAMLError:
+        return  # jsonargparse says where
+    except ValueError as error:  # a number of thousands of digits, a day that is in no calendar
+        raise UserError(f"the config file {path} holds a value that is none ({error}); correct it.") from None
 
 
 def explain(error: BaseException) -> str | None:
@@ -239,6 +266,7 @@ def _without_types(message: str) -> str:
     return re.sub(r'^Parser key "([\w.]+)":', r"\1:", text) + "; --help lists the options."
 
 
+_DEEPEST = 50
 _SAYS_WHAT_TO_DO = r"(-c|--config|--model|-h|--help|--print_config)(?![a-z])"
 _REPORT_ON_TYPES = (
     r"[\s-]*(Does not validate against any of the Union|Subtypes:|Errors:|Given value|"

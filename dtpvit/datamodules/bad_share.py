@@ -11,7 +11,8 @@ __all__ = ["LEAST_SEEN", "Examples", "Seen", "check_max_skipped", "too_many_bad"
 LEAST_SEEN = 500
 """Samples before which no share is judged: in a small data set the first broken file is a large one."""
 
-_EXAMPLES = 3  # of a cause
+_EXAMPLES = 3  # of a cause, from each worker
+_NAMED = 2  # of a cause, in the sentence
 
 
 class Seen(NamedTuple):
@@ -79,7 +80,8 @@ def too_many_bad(
     if max_skipped >= 1 or seen.number < LEAST_SEEN or seen.bad <= max_skipped:
         return None
     counts = ", ".join(f"{cause}: {count}" for cause, count in causes.items() if count)
-    such_as = ", ".join(f"{where[:200]} ({cause})" for cause, where in examples[: 2 * _EXAMPLES])
+    named = [where for cause in causes for where in [one for one in examples if one[0] == cause][:_NAMED]]
+    such_as = ", ".join(f"{' '.join(where.split())[:200]} ({cause})" for cause, where in named)
     return UserError(
         f"{seen.bad:.0%} of the training samples are bad, judged by {seen.number:,} ({counts}; such as {such_as}), "
         f"where max_skipped allows {max_skipped:.0%}: look for the cause (`dtpvit data check` reads shards), or allow "

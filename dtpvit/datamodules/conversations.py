@@ -20,9 +20,9 @@ from dtpvit.datamodules.conversation_record import (
 )
 from dtpvit.datamodules.image_places import ImagePlaces, Place, image_places, read_place
 from dtpvit.datamodules.labelled_shards import IMAGES
-from dtpvit.datamodules.samples import sample_seed
+from dtpvit.datamodules.samples import SkippedSample, sample_seed
 from dtpvit.datamodules.shards import expand_shards
-from dtpvit.datamodules.tars import BrokenTar, index_members
+from dtpvit.datamodules.tars import BrokenTar, index_members, key_and_ending
 from dtpvit.errors import UserError
 from dtpvit.json_input import parse_json
 
@@ -108,7 +108,7 @@ def read_conversations(data: str, images: str | None = None) -> Conversations:
     skipped = list[Skipped]()
     found = Conversations(data, _all_usable(source, path.name, skipped), skipped)
     if not len(found):
-        such_as = f"; such as {skipped[0].detail}" if skipped else ""
+        such_as = f"; such as {' '.join(skipped[0].detail.split())[:200]}" if skipped else ""
         raise UserError(
             f"{data} has no record that can be used ({_causes(skipped) or 'it is empty'}{such_as}): "
             "give conversations as LLaVA's, with their images; shards must be on this machine, and not compressed."
@@ -161,7 +161,7 @@ def _of_file(path: Path, places: ImagePlaces) -> Iterator[tuple[Any, _Where]]:
 
 def _json_list(path: Path) -> list[Any]:
     try:
-        records = parse_json(path.read_bytes().removeprefix(b"\xef\xbb\xbf"))
+        records = parse_json(path.read_bytes())
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): give a .json or .jsonl of conversations.") from None
     except ValueError as error:
@@ -187,7 +187,7 @@ def _of_shards(data: str) -> Iterator[tuple[Any, _Where]]:
     for shard in expand_shards(data):
         try:
             yield from _of_shard(shard)
-        except (BrokenTar, OSError) as error:
+        except (BrokenTar, SkippedSample) as error:
             yield BadRecord("unreadable shard", str(error)), list[Place]()
 
 
@@ -197,12 +197,11 @@ def _of_shard(shard: str) -> Iterator[tuple[Any, list[Place]]]:
     damage = None
     try:
         for name, offset, size in index_members(shard):
-            folder, _, base = name.rpartition("/")
-            stem, _, ending = base.partition(".")
-            samples.setdefault(f"{folder}/{stem}", {})[ending.lower()] = Place(shard, offset, size)
+            key, ending = key_and_ending(name)
+            samples.setdefault(key, {})[ending] = Place(shard, offset, size)
     except BrokenTar as error:
         damage = error
-        if samples:
+        if samples and key_and_ending(error.within)[0] in ("", next(reversed(samples))):
             samples.popitem()
     for parts in samples.values():
         if (record := parts.get("json")) is not None:

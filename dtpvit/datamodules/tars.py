@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 from dtpvit.datamodules.remote import RemoteStream
 from dtpvit.datamodules.shards import is_local
 
-__all__ = ["MOST_BYTES", "BrokenTar", "Fault", "index_members", "read_members", "scan_shard"]
+__all__ = ["MOST_BYTES", "BrokenTar", "Fault", "index_members", "key_and_ending", "read_members", "scan_shard"]
 
 MOST_BYTES = 256 << 20
 """A sample's members together; an uncompressed image as large as any that is decoded has as many."""
@@ -28,11 +28,20 @@ _LONGEST_HEADER = 1 << 20  # bytes of a long name or a pax header
 _MOST_COMPRESSED = 200  # times that a .tar.gz may be larger inside; images have 1 to 3, deflate's limit is 1032
 _LONGEST_DIGITS = 20
 _MEMBER_COST = 200  # bytes that a member takes beside its content
+_DAMAGE = (OSError, EOFError, ValueError, OverflowError, zlib.error)
 _Content = TypeVar("_Content")
 
 
 class BrokenTar(Exception):
-    """The archive cannot be opened, or it is damaged from some point on."""
+    """The archive cannot be opened, or it is damaged from some point on.
+
+    Attributes:
+        within: The member whose content is damaged, if it is that; what came before is then known to be whole.
+    """
+
+    def __init__(self, message: str, within: str = "") -> None:
+        super().__init__(message)
+        self.within = within
 
 
 class Fault(NamedTuple):
@@ -60,8 +69,8 @@ def read_members(shard: str) -> Iterator[tuple[str, bytes]]:
             if shard.endswith("gz"):
                 stream = _Inflated(stream, stack.enter_context(gzip.GzipFile(fileobj=stream)))
             yield from _members(stream, lambda size: _read_padded(stream, size))
-    except (OSError, EOFError, ImportError, ValueError, OverflowError, MemoryError, zlib.error) as error:
-        raise BrokenTar(f"{shard}: {error}") from error
+    except (*_DAMAGE, ImportError, MemoryError) as error:
+        raise BrokenTar(f"{shard}: {error}", getattr(error, "within", "")) from error
 
 
 def index_members(shard: str) -> Iterator[tuple[str, int, int]]:
@@ -83,24 +92,22 @@ def index_members(shard: str) -> Iterator[tuple[str, int, int]]:
 
             for name, size, offset in _sized_members(file, pass_over):
                 yield name, offset, size
-    except (OSError, ValueError, OverflowError) as error:
-        raise BrokenTar(f"{shard}: {error}") from error
+    except _DAMAGE as error:
+        raise BrokenTar(f"{shard}: {error}", getattr(error, "within", "")) from error
 
 
 def scan_shard(shard: str) -> Iterator[tuple[str, dict[str, bytes]] | Fault]:
     """Key and members (by lower-case ending) of every sample, neighbours with one key being one; and what is wrong.
 
     Of members that occur twice the first counts. The sample at which damage begins is not yielded, for it may be
-    incomplete.
+    incomplete; the one before is, if the damage is within a member that is not its own.
     """
     key, parts, seen, held = "", {}, set(), 0
     try:
         for name, data in read_members(shard):
-            folder, _, file = name.rpartition("/")
-            stem, _, ending = file.lower().partition(".")
-            if not stem or not ending or stem.startswith("__"):
+            this, ending = key_and_ending(name)
+            if not this:
                 continue
-            this = f"{folder}/{file[: len(stem)]}" if folder else file[: len(stem)]
             if this != key:
                 if parts:
                     yield key, parts
@@ -114,10 +121,25 @@ def scan_shard(shard: str) -> Iterator[tuple[str, dict[str, bytes]] | Fault]:
             else:
                 parts[ending] = data
     except BrokenTar as error:
+        if parts and key_and_ending(error.within)[0] not in ("", key):
+            yield key, parts
         yield Fault("unreadable shard", str(error))
         return
     if parts:
         yield key, parts
+
+
+def key_and_ending(name: str) -> tuple[str, str]:
+    """Which sample a member belongs to, and its lower-case ending; "" if it is none's.
+
+    >>> key_and_ending("set/a.Seg.PNG")
+    ('set/a', 'seg.png')
+    """
+    folder, _, file = name.rpartition("/")
+    stem, _, ending = file.lower().partition(".")
+    if not stem or not ending or stem.startswith("__"):
+        return "", ""
+    return f"{folder}/{file[: len(stem)]}" if folder else file[: len(stem)], ending
 
 
 def _members(stream: _Readable, take: Callable[[int], _Content]) -> Iterator[tuple[str, _Content]]:
@@ -137,10 +159,20 @@ def _sized_members(stream: _Readable, take: Callable[[int], _Content]) -> Iterat
             override |= _pax(body) if kind == _PAX else {"path": _text(body)}
             continue
         size = 0 if kind in _WITHOUT_CONTENT else _bounded(int(override.get("size", size)), MOST_BYTES)
-        content = take(size)
+        name = override.get("path") or _name(header)
+        try:
+            content = take(size)
+        except _DAMAGE as error:
+            raise _DamagedContent(str(error), name) from error
         if kind in _REGULAR:
-            yield override.get("path") or _name(header), size, content
+            yield name, size, content
         override = {}
+
+
+class _DamagedContent(ValueError):
+    def __init__(self, message: str, within: str) -> None:
+        super().__init__(message)
+        self.within = within
 
 
 def _bounded(size: int, most: int) -> int:
@@ -151,12 +183,18 @@ def _bounded(size: int, most: int) -> int:
 
 def _checked_size(header: bytes) -> int:
     """Bytes of the member, after the header's checksum was verified (its own field counts as blanks)."""
-    stored = int(header[148:156].strip(b"\0 ") or b"0", 8)
-    if stored != sum(header) - sum(header[148:156]) + 8 * 32:
+    if _octal(header[148:156]) != sum(header) - sum(header[148:156]) + 8 * 32:
         raise ValueError("damaged header")
     if header[124] & 0x80:  # GNU's binary form, for members of 8 GiB and more
         return int.from_bytes(header[125:136], "big")
-    return int(header[124:136].strip(b"\0 ") or b"0", 8)
+    return _octal(header[124:136])
+
+
+def _octal(field: bytes) -> int:
+    digits = field.split(b"\0", 1)[0].strip()
+    if digits.strip(b"01234567"):
+        raise ValueError("damaged header")
+    return int(digits or b"0", 8)
 
 
 def _name(header: bytes) -> str:
@@ -170,10 +208,13 @@ def _pax(body: bytes) -> dict[str, str]:
     start = 0
     while start < len(body):
         space = body.find(b" ", start, start + _LONGEST_DIGITS)
-        length = int(body[start:space]) if space > start else 0
-        if length <= space + 1 - start:
+        digits = body[start : max(start, space)]
+        length = int(digits) if digits.isdigit() else 0
+        if length <= max(1, space - start):  # else what is read next would be the same again
             raise ValueError("damaged pax header")
         key, _, value = body[space + 1 : start + length - 1].partition(b"=")
+        if key == b"size" and not value.isdigit():
+            raise ValueError("damaged pax header")
         if key in (b"path", b"size"):
             records[key.decode()] = value.decode("utf-8", "replace")
         start += length

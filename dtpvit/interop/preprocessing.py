@@ -30,6 +30,7 @@ INTERPOLATIONS = tuple(name.lower() for name in Image.Resampling.__members__)
 
 _ASPECTS = {"pad": "longest", "crop": "shortest", "squash": "squash"}
 _LONGEST_SHAPE = 64  # long side over short side
+_GAP = 256.0  # a filter over more than 512 pixels first averages some: its weights for millions would take gigabytes
 _WHITE = (255, 255, 255)
 _SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 
@@ -77,7 +78,7 @@ class EvalTransform:
         height, width = self.image_size
         size = self._resized(image.width, image.height)
         if size != image.size:
-            image = image.resize(size, Image.Resampling[self.interpolation.upper()])
+            image = image.resize(size, Image.Resampling[self.interpolation.upper()], reducing_gap=_GAP)
         left, top = _centre(image.width, width), _centre(image.height, height)
         if (left, top) != (0, 0) or image.size != (width, height):
             framed = Image.new("RGB", (width, height), self.fill)
