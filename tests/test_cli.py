@@ -255,6 +255,7 @@ def test_a_run_leaves_its_folder(project: Path, capfd: pytest.CaptureFixture[str
         "efficiency.csv",
         "hparams.yaml",
         "metrics.csv",
+        "versions.json",
     ]
     assert checkpoint()["global_step"] == 24
     rows = metrics()

@@ -97,6 +97,7 @@ def _section(group: RunGroup, number: int, files: dict[str, bytes]) -> Section:
         section.panels = [(drawing, panel.alt) for drawing, panel in zip(drawings, drawn, strict=True)]
         if drawn:
             section.sheet = f"curves{number}.png"
+            section.sheet_alt = f"{', '.join(panel.title for panel in drawn)}, of {', '.join(names.values())}"
             files[section.sheet] = sheet_png(drawn, names)
     except ImportError:  # matplotlib is an extra
         section.swatches, section.panels = [], []
@@ -115,6 +116,9 @@ def _remarks(group: RunGroup, drawn: Sequence[Panel]) -> list[str]:
         beaten = f"dominated (hollow marks): {', '.join(panel.dominated)}" if panel.dominated else "none is dominated"
         found.append(f"{panel.title}: the dotted line is the Pareto front; {beaten}.")
     records = [run.record for run in group.runs]
+    unfinished = [run.record.name for run in group.runs if run.unfinished]
+    if against and unfinished:
+        found.append(f"Not trained to the end, and shown as far as they are: {', '.join(unfinished)}.")
     devices = {str(start.get("device")) for record in records for start in record.starts}
     if against and len(devices) > 1:
         found.append(f"Times are of different machines: {'; '.join(sorted(devices))}.")
@@ -137,7 +141,8 @@ def _picture(run: ComparedRun, files: dict[str, bytes]) -> list[Picture]:
         return []
     image.thumbnail((PICTURE_WIDTH, 100 * PICTURE_WIDTH))
     content = jpeg(np.asarray(image))
-    title = f"{run.record.name}, {path.stem.replace('epoch', 'epoch ')}"
+    number = path.stem.removeprefix("epoch")  # from 0
+    title = f"{run.record.name}, after {f'epoch {int(number) + 1}' if number.isdecimal() else path.stem}"
     file = f"segments{run.number + 1}.jpg"
     files[file] = content
     alt = f"Validation images of {title}, with the segments behind their tokens"

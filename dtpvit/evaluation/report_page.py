@@ -38,6 +38,7 @@ class Section:
         swatches: Line and mark of each run, as ``svg`` elements; empty without matplotlib.
         panels: ``svg`` elements, with what they show in words.
         sheet: Name of the file of all of them on one sheet; empty without.
+        sheet_alt: What is on it.
         remarks: What must be known to read the plots.
         pictures: Segments of the runs that drew them.
         differences: Keys of the configs; names of the columns are those of the runs.
@@ -48,6 +49,7 @@ class Section:
     swatches: list[str] = field(default_factory=list)
     panels: list[tuple[str, str]] = field(default_factory=list)
     sheet: str = ""
+    sheet_alt: str = ""
     remarks: list[str] = field(default_factory=list)
     pictures: list[Picture] = field(default_factory=list)
     differences: Table | None = None
@@ -79,6 +81,7 @@ def as_html(report: Report) -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["drawing"] = Markup
     environment.filters["kind"] = _kind
+    environment.filters["broken"] = _broken
     return environment.from_string(_PAGE).render(report=report).lstrip()
 
 
@@ -91,10 +94,9 @@ def as_markdown(report: Report, pictures: str) -> str:
     lines = ["# Training report", *_fenced([report.about])]
     lines += [f"{report.hint}\n"] if report.hint else []
     for section in report.sections:
-        lines += [f"## {_plain(section.title)}\n", _table(section.table)]
+        lines += [f"## {_plain(section.title)}\n", _table(section.table, figures=True)]
         if section.sheet:
-            told = " ".join(alt for _, alt in section.panels)
-            lines += ["### Curves, and quality against cost\n", picture(told, section.sheet) + "\n"]
+            lines += ["### Curves, and quality against cost\n", picture(section.sheet_alt, section.sheet) + "\n"]
         lines += [f"{_plain(remark)}\n" for remark in section.remarks]
         if section.pictures:
             lines += ["### Segments\n"]
@@ -115,15 +117,22 @@ def _kind(cell: str) -> str:
     return "words" if " " in cell else ""
 
 
+def _broken(text: str) -> Markup:
+    """The text, escaped, with places at which a line may be broken within keys and paths."""
+    return Markup("<wbr>").join(re.split(r"(?<=[a-z_])(?=[./]\w\w)", text))  # escapes what it joins
+
+
 def _plain(text: str) -> str:
     """Markdown that shows as ``text``, in one line."""
     text = escape(" ".join(text.split()), quote=False)
     return re.sub(r"([\\`*\[\]|~]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|^[#+-])", r"\\\1", text)
 
 
-def _table(table: Table) -> str:
+def _table(table: Table, figures: bool = False) -> str:
     titles, rows = table
-    return markdown_table([_plain(title) for title in titles], [[_plain(cell) for cell in row] for row in rows])
+    numbers = {place for row in rows for place, cell in enumerate(row) if figures and _kind(cell) == "number"}
+    words = set(range(len(titles))) - numbers
+    return markdown_table([*map(_plain, titles)], [[*map(_plain, row)] for row in rows], words)
 
 
 def _fenced(lines: list[str]) -> list[str]:
@@ -133,15 +142,20 @@ def _fenced(lines: list[str]) -> list[str]:
 
 
 _MACROS = """
-{% macro table(content, caption, swatches=[]) %}
+{% macro table(content, caption, swatches=[], figures=false) %}
 <div class="wide" role="region" tabindex="0" aria-label="{{ caption }}">
 <table>
 <caption>{{ caption }}</caption>
-<thead><tr>{% for title in content[0] %}<th scope="col">{{ title }}</th>{% endfor %}</tr></thead>
+<thead><tr>
+{% for title in content[0] %}
+<th scope="col"{% if title | length < 30 %} class="short"{% endif %}>
+{%- for part in title.split(", ") %}{{ part | broken }}{% if not loop.last %},<br>{% endif %}{% endfor %}</th>
+{% endfor %}
+</tr></thead>
 <tbody>
 {% for row in content[1] %}
-<tr><th scope="row">{% if swatches %}{{ swatches[loop.index0] | drawing }} {% endif %}{{ row[0] }}</th>
-{%- for cell in row[1:] %}<td class="{{ cell | kind }}">{{ cell }}</td>{% endfor %}</tr>
+<tr><th scope="row">{% if swatches %}{{ swatches[loop.index0] | drawing }} {% endif %}{{ row[0] | broken }}</th>
+{%- for cell in row[1:] %}<td class="{{ cell | kind if figures }}">{{ cell | broken }}</td>{% endfor %}</tr>
 {% endfor %}
 </tbody>
 </table>
@@ -166,13 +180,15 @@ code, pre { font: .85rem/1.5 ui-monospace, "DejaVu Sans Mono", monospace }
 pre { background: var(--band); padding: .6rem .8rem; margin: .3rem 0 1rem; white-space: pre-wrap }
 .wide { overflow-x: auto; border: 1px solid var(--line); margin: .5rem 0 }
 .wide:focus-visible { outline: 2px solid #0072b2 }
-table { border-collapse: collapse; font-size: .875rem; width: 100%; overflow-wrap: normal }
+table { border-collapse: collapse; font-size: .85rem; width: 100%; overflow-wrap: normal }
 caption { text-align: left; padding: .4rem .6rem; color: var(--soft); font-size: .8rem }
-th, td { text-align: left; vertical-align: top; padding: .35rem .6rem; border-top: 1px solid var(--line) }
-tbody th { font-weight: 600; min-width: 8rem; max-width: 16rem; overflow-wrap: anywhere }
-thead th { background: var(--band) }
-td { max-width: 20rem; overflow-wrap: break-word }
-td.words { min-width: 9rem }
+th, td { text-align: left; vertical-align: top; padding: .35rem .45rem; border-top: 1px solid var(--line) }
+th, td { overflow-wrap: break-word; max-width: 18rem }
+tbody th { font-weight: 600; min-width: 6.5rem }
+th svg { display: block }
+thead th { background: var(--band); vertical-align: bottom }
+th.short { white-space: nowrap }
+td.words { min-width: 10rem }
 td.number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 320px), 1fr)); gap: .8rem 1.2rem }
 figure { margin: 0; break-inside: avoid; max-width: 540px }
@@ -186,7 +202,7 @@ dt { font-weight: 600; margin-top: .4rem } dd { margin: 0 0 0 1rem }
 @media print {
   :root { color-scheme: light; --back: #fff; --ink: #000; --soft: #333; --line: #999; --band: #fff }
   body { padding: 0; max-width: none; font-size: 10pt } nav { display: none }
-  .wide { overflow: visible; border: 0 } table { font-size: 7pt } th, td { padding: 2pt 3pt; overflow-wrap: anywhere }
+  .wide { overflow: visible; border: 0 } table { font-size: 7pt } th, td { padding: 2pt 3pt } td { overflow-wrap: anywhere }
  
   td.words, tbody th { min-width: 0 } tr, pre { break-inside: avoid }
   h2, h3 { break-after: avoid } .figures { grid-template-columns: repeat(3, 1fr) }
@@ -222,7 +238,7 @@ _PAGE = (
 {% for section in report.sections %}
 <section>
 <h2 id="group{{ loop.index }}">{{ section.title }}</h2>
-{{ table(section.table, "What the runs reached and what it cost", section.swatches) }}
+{{ table(section.table, "What the runs reached and what it cost", section.swatches, figures=true) }}
 {% if section.panels %}
 <h3>Curves, and quality against cost</h3>
 <ul class="key">

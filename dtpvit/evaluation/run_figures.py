@@ -188,6 +188,8 @@ def _style(number: int) -> dict[str, Any]:
 
 
 def _draw(axes: Axes, panel: Panel) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     for number, line in panel.lines.items():
         marked = max(1, len(line) // 6)
         axes.plot([step for step, _ in line], [value for _, value in line], markevery=marked, **_style(number))
@@ -209,7 +211,7 @@ def _draw(axes: Axes, panel: Panel) -> None:
     axes.spines[["left", "bottom"]].set_color(LETTERS)
     axes.grid(alpha=0.15, color=LETTERS)
     if panel.lines:
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
 
 
 def _element(figure: Figure, key: str) -> str:

@@ -56,7 +56,7 @@ def run_model(run: RunRecord) -> RunModel:
     words = str(options.get("language_model") or "").rstrip("/").rpartition("/")[2]
     try:
         vision = _vision(options)
-        name = ", ".join(filter(None, [_trunk(vision, options), _reducers(vision.get("reducers")), words]))
+        name = ", ".join(filter(None, [_trunk(vision, options), _reducers(vision), words]))
         return RunModel(name, _pixels(_entry(vision, "image_size")), _pixels(_entry(vision, "patch_size")))
     except (UserError, ValueError, TypeError, AttributeError):  # a model of another kind, or an edited config
         return RunModel(", ".join(filter(None, [str(options.get("init") or ""), words])))
@@ -111,11 +111,11 @@ def _trunk(vision: Mapping[str, Any], options: Mapping[str, Any]) -> str:
     return f"ViT of {vision['depth']} blocks, width {vision['dim']}"
 
 
-def _reducers(reducers: Any) -> str:
-    if reducers is None:
+def _reducers(vision: Mapping[str, Any]) -> str:
+    if "encoder" in vision or not vision:
         return ""
     found = list[str]()
-    for block, reducer in reducers.items():
+    for block, reducer in (vision.get("reducers") or {}).items():
         compression = (reducer.get("init_args") or {}).get("compression") if isinstance(reducer, Mapping) else None
         rate = f" {compression:g}x" if isinstance(compression, int | float) else ""
         found.append(f"{_class(reducer)}{rate} at block {block}")

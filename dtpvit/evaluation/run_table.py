@@ -90,15 +90,19 @@ class ComparedRun:
     def remarks(self) -> list[str]:
         """What is missing, cannot be read, or happened on the way."""
         record, found = self.record, list(self.record.missing)
-        done, asked = record.epochs, self._asked
-        if done is not None and asked and done < asked:
-            found.insert(0, f"in epoch {done + 1} of {asked}: stopped, or still training")
+        if self.unfinished:
+            found.insert(0, f"in epoch {(record.epochs or 0) + 1} of {self._asked}: stopped, or still training")
         if record.curves and not any(name.startswith("val/") for name in record.curves):
             found.append("no validation yet")
         if len(record.starts) > 1:
             found.append(f"continued {len(record.starts) - 1} times" if len(record.starts) > 2 else "continued once")
         found += [f"{count} records skipped: {cause}" for cause, count in record.skipped.items()]
         return found
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether fewer epochs are known to be complete than were asked for."""
+        return self.record.epochs is not None and self.record.epochs < self._asked
 
     @property
     def _asked(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -99,9 +99,10 @@ def write(results: Sequence[ComparedResult], about: Mapping[str, Any], folder: P
     (folder / "comparison.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
-def markdown_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown, all columns but the first aligned right; a cell is Markdown itself."""
-    lines = ["| " + " | ".join(cells) + " |" for cells in (titles, ["---", *["---:"] * (len(titles) - 1)], *rows)]
+def markdown_table(titles: Sequence[str], rows: Sequence[Sequence[str]], words: Collection[int] = (0,)) -> str:
+    """A table in Markdown, whose cells are Markdown themselves; columns other than ``words`` are aligned right."""
+    aligned = ["---" if place in words else "---:" for place in range(len(titles))]
+    lines = ["| " + " | ".join(cells) + " |" for cells in (titles, aligned, *rows)]
     return "\n".join(lines) + "\n"
 
 
