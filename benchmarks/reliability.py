@@ -19,13 +19,15 @@ from benchmarks.small_runs import logged, write_config, write_images
 from dtpvit.interop.weight_files import damage
 
 _WHAT = """\
-Small runs of 21 steps of both tasks (`benchmarks/small_runs.py`: boundary noise, stochastic depth, mixing, augmentation,
-a weight average, a calibrated threshold, unreadable images), a checkpoint every {every} steps, each in a process of its
-own. A run is killed by SIGKILL at a random moment of its training, then gone on with (`--ckpt_path last`) and killed
-again, {kills} times in all; then it runs to its end and is compared with one that nobody killed. Redone: optimizer steps
-after the last checkpoint, computed once more. Lost, twice: samples of the final weights' history that an unkilled run saw
-and this one did not, and the reverse. Differing: entries of `last.ckpt` (weights, average, optimizer, schedule, loops,
-callbacks, calibration) that are not the same bit for bit, and values of `metrics.csv`; times measured are left out.
+Small runs of 21 steps of both tasks (`benchmarks/small_runs.py`: boundary noise, stochastic depth, mixing,
+augmentation, a weight average, a calibrated threshold, unreadable images), a checkpoint every {every} steps, each in a
+process of its own. A run is killed by SIGKILL at a random moment of its training, then gone on with (`--ckpt_path
+last`) and killed again, {kills} times in all where it does not end before; then it runs to its end and is compared with
+one that nobody killed. While writing: a kill left a half-written file. Damaged: checkpoints found not to be whole after
+a kill. Steps redone: batches after the last checkpoint, computed once more. Lost, twice: samples in the history of the
+unkilled run's weights and not of this one's, and the reverse. Differing: entries of `last.ckpt` (weights, average,
+optimizer, schedule, loops, callbacks, calibration) that are not the same bit for bit, and values of `metrics.csv`;
+times measured and counts of skipped samples are left out.
 """
 
 

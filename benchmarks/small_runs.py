@@ -99,9 +99,12 @@ def write_config(
 
 
 def logged(file: Path) -> dict[tuple[int, str], str]:
-    """What ``metrics.csv`` says of each step, times measured left out; of a step done twice, what was said last."""
+    """What ``metrics.csv`` says of each step, of one done twice what was said last.
+
+    Times measured are left out, and the counts of skipped samples: of an epoch they begin anew with each start.
+    """
     with file.open(newline="") as lines:
         rows = list(csv.DictReader(lines))
-    skipped = ("efficiency/", "step", "epoch")
+    skipped = ("efficiency/", "data/skipped/", "step", "epoch")
     found = [(int(row["step"]), name, value) for row in rows for name, value in row.items() if value]
     return {(step, name): value for step, name, value in found if not name.startswith(skipped)}

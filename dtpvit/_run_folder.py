@@ -160,17 +160,47 @@ def set_aside(folder: Path) -> Path | None:
 
 
 class RunCheckpoint(ModelCheckpoint):
-    """Lightning's callback, except that ``last.ckpt`` always holds the end of the training.
+    """Lightning's callback, except that whatever it wrote can be gone on with, exactly, and holds all that was trained.
 
     Lightning leaves the steps after the last ``every_n_train_steps`` unsaved, and writes in ``fast_dev_run``; its link
-    of ``save_last: link`` is gone for a moment whenever it is set.
+    of ``save_last: link`` is gone for a moment whenever it is set. After the last batch of an epoch it writes a
+    checkpoint that knows the batch but not the epoch as done: a run that goes on from there leaves the validation out,
+    and counts epochs so that after a second interruption batches are repeated. Here it is written after the validation.
     """
+
+    _postponed = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Clean up after a process that was killed while it wrote."""
         super().on_train_start(trainer, pl_module)
         if trainer.is_global_zero and self.dirpath and "://" not in str(self.dirpath):
             remove_partial(Path(self.dirpath))
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Count the epoch that a run began which went on from such a checkpoint; Lightning has not."""
+        epochs = trainer.fit_loop.epoch_progress
+        if epochs.current.ready == epochs.current.processed:
+            epochs.increment_ready()
+            epochs.increment_started()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save after every n steps, but not between an epoch's last batch and its validation."""
+        if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            every = self._every_n_train_steps
+            self._postponed = every > 0 and trainer.global_step % every == 0
+        else:
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save after every n epochs, and what was put off."""
+        super().on_train_epoch_end(trainer, pl_module)
+        if self._postponed and not self._should_skip_saving_checkpoint(trainer):
+            candidates = self._monitor_candidates(trainer)
+            self._save_topk_checkpoint(trainer, candidates)
+            self._save_last_checkpoint(trainer, candidates)
+        self._postponed = False
 
     @staticmethod
     def _link_checkpoint(trainer: Trainer, filepath: str, linkpath: str) -> None:

@@ -1,6 +1,7 @@
 """A task and a data module that are real but tiny: what test_cli.py trains through the command line."""
 
 import os
+import resource
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -113,14 +114,31 @@ class Line(LightningModule):
 
 
 class Stop(Callback):
-    """Ends the process in the middle of an epoch, by a signal to itself."""
+    """Ends the process after a batch, by a signal to itself, having saved a checkpoint if it is told where."""
 
-    def __init__(self, at_step: int, by: str = "SIGINT") -> None:
-        self.at_step, self.by = at_step, by
+    def __init__(self, at_step: int, by: str = "SIGINT", saves: str | None = None) -> None:
+        self.at_step, self.by, self.saves = at_step, by, saves
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         if trainer.global_step == self.at_step:
+            if self.saves is not None:
+                trainer.save_checkpoint(self.saves)
             os.kill(os.getpid(), getattr(signal, self.by))
+
+
+class FullDisk(Callback):
+    """From a step on no file of this process grows beyond 100 kB, and its checkpoints are larger."""
+
+    def __init__(self, at_step: int) -> None:
+        self.at_step, self.ballast = at_step, 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"ballast": torch.zeros(self.ballast)}
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step == self.at_step:
+            self.ballast = 100_000
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
 
 
 class OtherData(PointsData):

@@ -45,7 +45,12 @@ def fit(*more: str) -> int:
 
 def shell(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """The command in a process of its own."""
-    environment = {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1", **variables}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}",
+        "OMP_NUM_THREADS": "1",
+        **variables,
+    }
     command = [sys.executable, "-m", "dtpvit", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
 
@@ -298,6 +303,70 @@ def test_a_killed_run_resumes_exactly(killed_at: int, more: list[str], project: 
     for part in ("state_dict", "optimizer_states", "lr_schedulers"):
         torch.testing.assert_close(resumed[part], whole[part], rtol=0, atol=0)
     assert yaml.safe_load(Path("runs/line/config.yaml").read_text())["ckpt_path"] is None
+
+
+def test_of_a_damaged_checkpoint_the_run_says_which_other_is_whole(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fit() == 0
+    last = Path("runs/line/checkpoints/last.ckpt")
+    content = last.read_bytes()
+    for broken in (content[:-200], content[:1000] + bytes(100) + content[1100:], b""):
+        last.write_bytes(broken)
+        for command in (fit, lambda *more: main(["validate", "--config", "line.yaml", "--data", "points.txt", *more])):
+            capsys.readouterr()
+            assert command("--ckpt_path", "last") == 2
+            (said,) = [line for line in capsys.readouterr().err.splitlines() if "last.ckpt" in line and "whole" in line]
+            assert said.endswith(f"give --ckpt_path {last.with_name('epoch002-step24.ckpt')}")
+    assert fit("--ckpt_path", said.split()[-1], "--trainer.max_epochs", "4") == 0
+    assert checkpoint()["global_step"] == 32
+
+
+def test_a_run_killed_before_its_first_last_checkpoint_goes_on_from_the_newest(project: Path) -> None:
+    assert fit("--trainer.max_epochs", "1") == 0
+    Path("runs/line/checkpoints/last.ckpt").unlink()
+    assert fit("--ckpt_path", "last") == 0
+    assert checkpoint()["global_step"] == 24 and not Path("runs/line/earlier").exists()
+    assert len([row for row in metrics() if row["val/loss"]]) == 3
+
+
+def test_a_full_disk_ends_the_run_in_a_sentence_with_its_last_good_checkpoint(project: Path) -> None:
+    full = {"trainer": {"callbacks": [{"class_path": "cli_example.FullDisk", "init_args": {"at_step": 12}}]}}
+    (project / "full.yaml").write_text(yaml.safe_dump(full))
+    done = shell("fit", "--config", "full.yaml", "--config", "line.yaml", "--data", "points.txt")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    said = done.stderr.splitlines()[-1]
+    assert "could not be written (File too large); the last good one is runs/line/checkpoints/" in said
+    assert said.endswith("(step 8); make room and go on with --ckpt_path last")
+    assert checkpoint()["global_step"] == 8 and not list(Path("runs").rglob("*.partial"))
+
+
+def test_a_link_to_the_last_checkpoint_is_never_absent(project: Path) -> None:
+    assert fit("--checkpoint.save_last", "link") == 0
+    last = Path("runs/line/checkpoints/last.ckpt")
+    assert last.is_symlink() and checkpoint()["global_step"] == 24
+    assert fit("--checkpoint.save_last", "link", "--ckpt_path", "last", "--trainer.max_epochs", "4") == 0
+    assert checkpoint()["global_step"] == 32 and not list(Path("runs").rglob("*.partial"))
+
+
+def test_a_plugin_may_decide_the_precision(project: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    plugin = ["--trainer.plugins+=lightning.pytorch.plugins.DoublePrecision", "--trainer.max_epochs", "1"]
+    assert fit(*plugin) == 0
+    assert "(DoublePrecision)" in capfd.readouterr().err
+    assert checkpoint()["state_dict"]["net.1.weight"].dtype == torch.float64
+
+
+def test_a_run_goes_on_twice_from_a_checkpoint_that_another_wrote_before_the_epoch_was_done(project: Path) -> None:
+    last, every = str(project / "runs/line/checkpoints/last.ckpt"), ["--checkpoint.every_n_train_steps=2"]
+    for number, stop in enumerate([{"at_step": 8, "saves": last}, {"at_step": 11}]):
+        stopping = {"trainer": {"callbacks": [{"class_path": "cli_example.Stop", "init_args": stop}]}}
+        (project / f"stop{number}.yaml").write_text(yaml.safe_dump(stopping))
+        arguments = ["fit", "--config", f"stop{number}.yaml", "--config", "line.yaml", "--data", "points.txt"]
+        assert main([*arguments, "--ckpt_path", "last", *every]) == 130
+    assert fit("--ckpt_path", "last", *every) == 0
+    assert fit("--name", "whole", *every) == 0
+    for part in ("global_step", "state_dict", "optimizer_states"):
+        torch.testing.assert_close(checkpoint()[part], checkpoint("whole")[part], rtol=0, atol=0)
 
 
 def test_a_resumed_run_goes_on_with_its_metrics(project: Path) -> None:

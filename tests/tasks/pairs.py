@@ -32,6 +32,7 @@ def batch(size=12):
         "image": torch.randint(0, 256, (size, 3, 32, 32), dtype=torch.uint8, generator=g),
         "text": tokenize([f"{CAPTIONS[i % len(CAPTIONS)]} {i}" for i in range(size)]),
         "seed": torch.arange(size) + 100,
+        "key": [f"pairs/{number}" for number in range(size)],
     }
 
 
@@ -44,7 +45,9 @@ class Pairs(L.LightningDataModule):
 
     def train_dataloader(self):
         whole, world, rank = batch(), self.trainer.world_size, self.trainer.global_rank
+        keys = whole.pop("key")
         mine = {name: value.chunk(world)[rank] for name, value in whole.items()}
+        mine["key"] = keys[rank * len(keys) // world :][: len(keys) // world]
         return DataLoader([mine] * self.steps, batch_size=None)
 
 

@@ -1,6 +1,7 @@
 """The contrastive task: gradients, accumulation, several processes, loss that is no number, checkpoints."""
 
 import copy
+import json
 import math
 import sys
 from pathlib import Path
@@ -117,8 +118,26 @@ def test_a_step_without_a_finite_loss_changes_nothing_and_stops_after_some(spoil
     assert model.guard.skipped == 2
     assert all(torch.equal(after[n], before[n]) for n in after if "calibration" not in n)
     model.guard.patience = 3
-    with pytest.raises(UserError, match="3 steps in a row; lower the learning rate"):
-        pairs.fit(model, tmp_path, max_steps=5)
+    listed = tmp_path / "run" / "nonfinite-rank0.jsonl"
+    with pytest.raises(UserError, match=f"3 steps in a row; lower the learning rate.+ are listed in {listed}"):
+        pairs.fit(model, tmp_path, max_steps=5, default_root_dir=tmp_path / "run")
+    rows = [json.loads(line) for line in listed.read_text().splitlines()]
+    assert len(rows) == 3 and {row["loss"] for row in rows} == {spoil}
+    assert all(row["keys"] == [f"pairs/{number}" for number in range(12)] for row in rows)
+
+
+def test_the_samples_of_all_batches_of_a_bad_step_are_listed_and_of_no_sound_one(tmp_path):
+    model, real, steps = pairs.task(max_nonfinite=2), pairs.Contrastive._contrastive_loss, []
+
+    def bad_but_once(image, text):
+        steps.append(len(steps))
+        return real(model, image, text) * (1.0 if steps[-1] in (2, 3) else float("nan"))
+
+    model._contrastive_loss = bad_but_once
+    with pytest.raises(UserError, match="2 steps in a row"):
+        pairs.fit(model, tmp_path, max_steps=9, accumulate_grad_batches=2, default_root_dir=tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "nonfinite-rank0.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [2, 3] and all(len(row["keys"]) == 24 for row in rows)
 
 
 def test_siglip_trains_its_bias(tmp_path):
