@@ -55,6 +55,15 @@ class ImageTask(lightning.LightningModule):
         use_model_names(self)
 
     @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """What DDP leaves alone: buffers, which all ranks change alike.
+
+        It would broadcast them before each step, and once more in a validation, where a rank may have nothing to do and
+        the others then wait for it in vain.
+        """
+        return [name for name, _ in self.named_buffers()]
+
+    @property
     def trunk(self) -> ImageEncoder:
         """The encoder inside the model."""
         raise NotImplementedError
