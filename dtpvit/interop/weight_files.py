@@ -36,7 +36,10 @@ def read_checkpoint(path: str | Path, *, mmap: bool = False) -> dict[str, Any]:
             from safetensors.torch import load_file
 
             return load_file(path)
-        mmap = mmap and zipfile.is_zipfile(path)  # files in the format before torch 1.6 cannot be mapped
+        zipped = zipfile.is_zipfile(path)
+        if zipped:
+            _check_stored(path)
+        mmap = mmap and zipped  # files in the format before torch 1.6 cannot be mapped
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # torch's reader raises nearly anything on a file that is not its own
         # torch's own message advises to switch the safety off.
@@ -49,6 +52,13 @@ def read_checkpoint(path: str | Path, *, mmap: bool = False) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"checkpoint {path} holds a {type(content).__name__}; expected a mapping of names to tensors")
     return content
+
+
+def _check_stored(path: Path) -> None:
+    """torch compresses nothing; what is compressed may be a thousand times as large in memory as it is here."""
+    with zipfile.ZipFile(path) as archive:
+        if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
+            raise ValueError("it is compressed")
 
 
 def state_of(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
