@@ -39,13 +39,15 @@ class Found:
 
     outcomes: Counter[str] = field(default_factory=Counter)
     faults: dict[int, str] = field(default_factory=dict)
-    slowest: tuple[float, int] = (0.0, 0)
+    slowest: float = 0.0  # CPU seconds
     peak: int = 0  # bytes beside what the process had at its start
 
-    def add(self, other: Found) -> None:
-        self.outcomes += other.outcomes
-        self.faults |= other.faults
-        self.slowest, self.peak = max(self.slowest, other.slowest), max(self.peak, other.peak)
+    def add(self, number: int, outcome: str, fault: str | None, seconds: float, peak: int) -> None:
+        """One input."""
+        self.outcomes[outcome] += 1
+        self.slowest, self.peak = max(self.slowest, seconds), max(self.peak, peak)
+        if fault is not None:
+            self.faults[number] = fault
 
 
 class Hang(BaseException):
@@ -59,7 +61,7 @@ def main(argv: list[str] | None = None) -> dict[str, Found]:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=0, help="number of the first input of each target")
     parser.add_argument("--only", choices=[target.name for target in TARGETS], help="one target")
-    parser.add_argument("--patience", type=float, default=20.0, help="seconds for an input")
+    parser.add_argument("--patience", type=float, default=20.0, help="CPU seconds for an input")
     parser.add_argument("--out", help="Markdown file")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -75,52 +77,52 @@ def main(argv: list[str] | None = None) -> dict[str, Found]:
 
 
 def fuzz(target: Target, first: int, wanted: int, seed: int, patience: float) -> Found:
-    """Read the inputs in a process, and in another one from where that died."""
+    """Read the inputs in a process, and from where that died on in another one."""
     context = multiprocessing.get_context("fork")
-    found, place = Found(), context.Value("q", first)
-    while place.value < first + wanted:
+    found, number = Found(), first
+    while number < first + wanted:
         ours, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=_read_all, args=(target, place, first + wanted, seed, patience, theirs))
+        numbers = range(number, first + wanted)
+        process = context.Process(target=_read_all, args=(target, numbers, seed, patience, theirs))
         process.start()
         theirs.close()
         try:
-            found.add(ours.recv())
-            process.join()
+            while number < first + wanted:
+                found.add(number, *ours.recv())
+                number += 1
         except EOFError:
             process.join()
-            found.faults[place.value] = f"the process ended with {process.exitcode}"
-            found.outcomes["fault"] += place.value + 1 - first - found.outcomes.total()
-            place.value += 1
+            found.add(number, "fault", f"the process ended with {process.exitcode}", 0.0, 0)
+            number += 1
+        process.join()
     return found
 
 
-def _read_all(target: Target, place: Any, end: int, seed: int, patience: float, answer: Any) -> None:
+def _read_all(target: Target, numbers: range, seed: int, patience: float, answer: Any) -> None:
+    signal.signal(signal.SIGPROF, _hang)
     signal.signal(signal.SIGALRM, _hang)
     logging.disable()
     warnings.simplefilter("ignore")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libjpeg and libtiff say there what they think of a file
-    found, seeds, before = Found(), target.seeds(), _resident()
+    seeds, before = target.seeds(), _resident()
     held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (held + _ALLOWANCE, held + _ALLOWANCE))
-    for number in range(place.value, end):
-        place.value = number
+    for number in numbers:
         data = target.mutate(seeds, Random(f"{seed} {target.name} {number}"))
-        start = time.perf_counter()
-        signal.setitimer(signal.ITIMER_REAL, patience)
+        start, fault = time.process_time(), None
+        signal.setitimer(signal.ITIMER_PROF, patience)
+        signal.setitimer(signal.ITIMER_REAL, 30 * patience)  # for one that waits, on however busy a machine
         try:
             with tempfile.TemporaryDirectory() as folder:
                 outcome = target.read(data, Path(folder))
         except BaseException as error:
-            outcome = "fault"
             where = traceback.extract_tb(error.__traceback__)[-1]
-            found.faults[number] = f"{type(error).__name__}: {str(error)[:200]} ({where.filename}:{where.lineno})"
+            outcome = "fault"
+            fault = f"{type(error).__name__}: {str(error)[:200]} ({where.filename}:{where.lineno})"
         finally:
+            signal.setitimer(signal.ITIMER_PROF, 0)
             signal.setitimer(signal.ITIMER_REAL, 0)
-        found.outcomes[outcome] += 1
-        found.slowest = max(found.slowest, (time.perf_counter() - start, number))
-    place.value = end
-    found.peak = max(0, _resident() - before)
-    answer.send(found)
+        answer.send((outcome, fault, time.process_time() - start, max(0, _resident() - before)))
 
 
 def _hang(*unused: object) -> None:
@@ -132,7 +134,7 @@ def _resident() -> int:
 
 
 def _show(name: str, found: Found) -> None:
-    print(f"{name}: {found.outcomes.total():,} inputs, {len(found.faults)} faults, slowest {found.slowest[0]:.2f} s")
+    print(f"{name}: {found.outcomes.total():,} inputs, {len(found.faults)} faults, slowest {found.slowest:.2f} s")
     for number, what in list(found.faults.items())[:20]:
         print(f"  {number}: {what}", flush=True)
 
@@ -145,14 +147,14 @@ def _table(found: dict[str, Found]) -> str:
         rest = sum(list(refused.values())[6:])
         rows.append([
             name, f"{one.outcomes.total():,}", f"{one.outcomes['accepted']:,}", f"{sum(refused.values()):,}",
-            causes + (f", others {rest:,}" if rest else ""), len(one.faults), f"{one.slowest[0]:.2f}", one.peak >> 20,
+            causes + (f", others {rest:,}" if rest else ""), len(one.faults), f"{one.slowest:.2f}", one.peak >> 20,
         ])  # fmt: skip
     total = sum(one.outcomes.total() for one in found.values())
     faults = sum(len(one.faults) for one in found.values())
     rows.append(
         ["all", f"{total:,}", f"{sum(one.outcomes['accepted'] for one in found.values()):,}", "", "", faults, "", ""]
     )
-    header = ["target", "inputs", "accepted", "refused", "causes", "faults", "slowest, s", "peak memory, MiB more"]
+    header = ["target", "inputs", "accepted", "refused", "causes", "faults", "slowest, CPU s", "peak memory, MiB more"]
     return table(header, rows)
 
 

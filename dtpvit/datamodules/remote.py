@@ -45,6 +45,7 @@ class RemoteStream:
         self.address = address
         self._position = 0
         self._failures = 0
+        self._without_ranges = False
         self._stream: Any = None
         self._again(self._open)
 
@@ -75,17 +76,19 @@ class RemoteStream:
 
     def _read(self, size: int) -> bytes:
         stream = self._stream if self._stream is not None else self._open()
-        data = stream.read(size)
+        data = _read_all_of(stream, size)
         if len(data) < size and self.address.startswith("pipe:"):
             stream.close()  # raises if the command failed, which it may tell only now
         return data
 
     def _open(self) -> Any:
-        """Open, and read past what was read before: not all that is remote can be sought in."""
-        self._stream = stream = _opened(self.address)
+        """Open where it broke; what was read before is read past if it cannot be sought, in a command for instance."""
+        self._stream = stream = _opened(self.address, 0 if self._without_ranges else _BLOCK)
+        if self._position and _sought(stream, self._position):
+            return stream
         for start in range(0, self._position, _BLOCK):
             wanted = min(_BLOCK, self._position - start)
-            if len(stream.read(wanted)) < wanted:
+            if len(_read_all_of(stream, wanted)) < wanted:
                 raise OSError(f"it is shorter than before: {self._position} bytes had been read")
         return stream
 
@@ -96,6 +99,9 @@ class RemoteStream:
                 return act()
             except Exception as error:  # aiohttp, botocore and gcsfs each have exceptions of their own
                 self.close()
+                if not self._without_ranges and "support range requests" in str(error):
+                    self._without_ranges = True  # a plain web server, which has to be read in one go
+                    continue
                 if _is_final(error):
                     raise
                 self._failures += 1
@@ -107,7 +113,7 @@ class RemoteStream:
                 sleep(pause)
 
 
-def _opened(address: str) -> Any:
+def _opened(address: str, block: int) -> Any:
     if address.startswith("pipe:"):
         return gopen(address, "rb")
     from fsspec.core import url_to_fs  # with what it imports in turn, only where something is far away
@@ -121,7 +127,30 @@ def _opened(address: str) -> Any:
         system, path = url_to_fs(address, **options)
     except ImportError:
         return gopen(address, "rb")
-    return system.open(path, "rb", block_size=_BLOCK)
+    return system.open(path, "rb", block_size=block)
+
+
+def _read_all_of(stream: Any, size: int) -> bytes:
+    """So many bytes, fewer only at the end: a plain web server's stream gives what has arrived."""
+    data = stream.read(size)
+    while data and len(data) < size:
+        more = stream.read(size - len(data))
+        if not more:
+            break
+        data += more
+    return data
+
+
+def _sought(stream: Any, position: int) -> bool:
+    try:
+        shorter = stream.size is not None and stream.size < position
+        if not shorter:
+            stream.seek(position)
+    except (AttributeError, ValueError, OSError):
+        return False
+    if shorter:
+        raise OSError(f"it is shorter than before: {stream.size} bytes where {position} had been read")
+    return True
 
 
 def _is_final(error: Exception) -> bool:

@@ -42,7 +42,10 @@ def _read(path: Path, mmap: bool) -> dict[str, Any]:
     try:
         if path.suffix == ".safetensors":
             return _read_safetensors(path)
-        mmap = mmap and zipfile.is_zipfile(path)  # files in the format before torch 1.6 cannot be mapped
+        zipped = zipfile.is_zipfile(path)
+        if zipped:
+            _check_stored(path)
+        mmap = mmap and zipped  # files in the format before torch 1.6 cannot be mapped
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except UserError:
         raise
@@ -110,6 +113,13 @@ def write_safetensors(state: dict[str, Tensor], path: Path) -> None:
     state = {name: tensor.contiguous() for name, tensor in state.items()}
     with written_beside(path) as partial:
         save_file(state, partial, metadata={"format": "pt", FORMAT_KEY: str(FORMAT)})
+
+
+def _check_stored(path: Path) -> None:
+    """torch compresses nothing; what is compressed may be a thousand times as large in memory as it is here."""
+    with zipfile.ZipFile(path) as archive:
+        if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
+            raise ValueError("it is compressed")
 
 
 def state_of(checkpoint: dict[str, Any]) -> dict[str, Tensor]:

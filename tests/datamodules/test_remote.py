@@ -114,7 +114,7 @@ def test_a_store_that_drops_the_connection_goes_on_where_it_was(shard, pauses, m
                 raise ConnectionResetError("dropped")
             return super().read(size)
 
-    def connect(address):
+    def connect(address, block):
         opened.append(address)
         return Dropping(data)
 
