@@ -80,7 +80,8 @@ class ImageEncoder(nn.Module, ABC):
         """Multiply-accumulates of each image of a batch, without a projection behind the encoder.
 
         Args:
-            layouts: What the halves of each block saw, from :class:`dtpvit.encoder.Encoding`.
+            layouts: What the halves of each block saw, from :class:`dtpvit.encoder.Encoding`; where only the first
+                blocks ran, theirs alone.
         """
 
     @abstractmethod

@@ -248,7 +248,7 @@ class VisionEncoder(ImageEncoder):
         start = layouts[0].arrived.lengths.to(torch.float64)
         full, reduced, reducers = (torch.zeros_like(start) for _ in range(3))
         shortened = False
-        for index, (block, seen) in enumerate(zip(self.blocks, layouts, strict=True)):
+        for index, (block, seen) in enumerate(zip(self.blocks[: len(layouts)], layouts, strict=True)):
             assert isinstance(block, Block)
             asking, asked = seen.attention.lengths.to(torch.float64), seen.keys.lengths.to(torch.float64)
             reducer = self.reducers[str(index)] if str(index) in self.reducers else None

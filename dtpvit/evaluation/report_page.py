@@ -202,8 +202,8 @@ dt { font-weight: 600; margin-top: .4rem } dd { margin: 0 0 0 1rem }
 @media print {
   :root { color-scheme: light; --back: #fff; --ink: #000; --soft: #333; --line: #999; --band: #fff }
   body { padding: 0; max-width: none; font-size: 10pt } nav { display: none }
-  .wide { overflow: visible; border: 0 } table { font-size: 7pt } th, td { padding: 2pt 3pt } td { overflow-wrap: anywhere }
- 
+  .wide { overflow: visible; border: 0 } table { font-size: 7pt }
+  th, td { padding: 2pt 3pt } td { overflow-wrap: anywhere }
   td.words, tbody th { min-width: 0 } tr, pre { break-inside: avoid }
   h2, h3 { break-after: avoid } .figures { grid-template-columns: repeat(3, 1fr) }
 }

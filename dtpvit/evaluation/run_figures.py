@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["COLOURS", "Panel", "inline_svg", "panels", "sheet_png", "swatch"]
+__all__ = ["COLOURS", "Panel", "inline_svg", "panels", "sheet_png", "swatch", "thinned"]
 
 # The first four after Wong, "Points of view: Color blindness", Nature Methods 2011, the pink darkened.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#c77cab", "#6f5fd6", "#6a6a6a")
@@ -81,9 +81,10 @@ def panels(group: RunGroup) -> list[Panel]:
         _curves(group, "Tokens in training", "an image", lambda run: _logged(run, "train/tokens"), from_zero=True),
     ]
     if group.quality is not None:
-        found.append(_trade_off(group, quality, "GMACs an image", lambda run: run.gmacs[0]))
-        step: Callable[[ComparedRun], float | None] = lambda run: run.record.mean("step_seconds")  # noqa: E731
-        found.append(_trade_off(group, quality, "seconds a training step, measured", step))
+        gmacs = {run.number: run.gmacs[0] for run in group.runs}
+        seconds = {run.number: run.record.mean("step_seconds") for run in group.runs}
+        found.append(_trade_off(group, quality, "Quality against GMACs", "GMACs an image", gmacs))
+        found.append(_trade_off(group, quality, "Quality against time", "seconds a training step, measured", seconds))
     return [panel for panel in found if panel.lines or len(panel.dots) > 1]
 
 
@@ -95,14 +96,13 @@ def _curves(
     return Panel(title, "optimizer step", vertical, lines=lines, names=names, from_zero=from_zero)
 
 
-def _trade_off(group: RunGroup, metric: str, horizontal: str, cost: Callable[[ComparedRun], float | None]) -> Panel:
+def _trade_off(group: RunGroup, metric: str, title: str, horizontal: str, costs: Mapping[int, float | None]) -> Panel:
     dots = dict[int, tuple[float, float]]()
     for run in group.runs:
-        spent, reached = cost(run), run.record.last(metric)
-        if spent is not None and reached is not None:
-            dots[run.number] = (spent, 100 * reached)
+        cost, reached = costs[run.number], run.record.last(metric)
+        if cost is not None and reached is not None:
+            dots[run.number] = (cost, 100 * reached)
     names = {run.number: run.record.name for run in group.runs}
-    title = f"Quality against {'GMACs' if 'GMACs' in horizontal else 'time'}"
     return Panel(title, horizontal, QUALITY[metric], dots=dots, names=names)
 
 

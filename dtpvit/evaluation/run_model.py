@@ -55,7 +55,7 @@ def run_model(run: RunRecord) -> RunModel:
     options = run.at("model", "init_args") or {}
     words = str(options.get("language_model") or "").rstrip("/").rpartition("/")[2]
     try:
-        vision = _vision(options)
+        vision = _vision(options, run.encoder)
         name = ", ".join(filter(None, [_trunk(vision, options), _reducers(vision), words]))
         return RunModel(name, _pixels(_entry(vision, "image_size")), _pixels(_entry(vision, "patch_size")))
     except (UserError, ValueError, TypeError, AttributeError):  # a model of another kind, or an edited config
@@ -78,11 +78,11 @@ def nominal_gmacs(run: RunRecord) -> float | None:
         return None
 
 
-def _vision(options: Mapping[str, Any]) -> dict[str, Any]:
+def _vision(options: Mapping[str, Any], encoder: Any) -> dict[str, Any]:
     """Arguments of the encoder, or ``encoder`` with class and arguments."""
     entries = options.get("vision") or {}
     if "language_model" in options:
-        return vision_config(options.get("encoder") or {})
+        return vision_config(encoder) if encoder else replaced(vision_config(options.get("encoder") or {}), entries)
     model = options.get("model") or {}
     if "num_classes" in options:
         return replaced(vision_config(model), entries)

@@ -32,6 +32,7 @@ class RunRecord:
         folder: As it was given.
         name: Of the folder, with as many folders above it as tell it from the other runs.
         config: What it was started with; empty if that is not known.
+        encoder: Of an instruction run, what its checkpoint says; the config may name another run's checkpoint instead.
         curves: For each metric its (optimizer step, value), by step; where a run went back to a checkpoint, what it
             wrote the second time.
         epochs: How many are worked through, by efficiency.csv, else the checkpoint, else metrics.csv; None if nothing
@@ -46,6 +47,7 @@ class RunRecord:
     folder: Path
     name: str = ""
     config: dict[str, Any] = field(default_factory=dict)
+    encoder: Any = None
     curves: dict[str, Points] = field(default_factory=dict)
     epochs: int | None = None
     efficiency: list[dict[str, float]] = field(default_factory=list)
@@ -106,8 +108,9 @@ def _read(folder: Path) -> RunRecord:
     run.curves, begun = _part(run, "metrics.csv", _metrics, ({}, None))
     run.efficiency = _part(run, "efficiency.csv", _efficiency, [])
     content = _part(run, "checkpoints/last.ckpt", lambda path: read_checkpoint(path, mmap=True), {})
-    if not run.config and isinstance(content.get("hyper_parameters"), dict):
-        run.config = {"model": {"init_args": content["hyper_parameters"]}}
+    if isinstance(known := content.get("hyper_parameters"), dict):
+        run.config = run.config or {"model": {"init_args": known}}
+        run.encoder = known.get("encoder")
     run.epochs = int(run.efficiency[-1]["epoch"]) + 1 if run.efficiency else _trained_epochs(content, begun)
     run.starts = _part(run, "versions.json", _starts, [])
     run.picture = max(

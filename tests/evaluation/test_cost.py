@@ -33,6 +33,16 @@ def test_dense_models_cost_what_is_published():
         assert dense_macs(encoder, 1000) / 1e9 == pytest.approx(expected, abs=0.01)
 
 
+def test_blocks_that_do_not_run_cost_nothing():
+    shape = {"image_size": 64, "patch_size": 8, "dim": 64, "num_heads": 4}
+    whole = VisionEncoder(**shape, depth=4, reducers={1: FixedStride(64, compression=2)}).eval()
+    shorter = VisionEncoder(**shape, depth=3, reducers={1: FixedStride(64, compression=2)}).eval()
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        found, expected = whole.encode_until(3, images), shorter(images)
+    assert image_macs(whole, found).tolist() == image_macs(shorter, expected).tolist()
+
+
 @pytest.mark.parametrize("router", ["mlp", "cosine"])
 def test_cost_equals_torch_s_counter(router):
     reducers = {1: DynamicPooling(64, compression=4, router=router), 2: DynamicPooling(64, compression=2)}

@@ -20,11 +20,15 @@ from PIL import Image
 
 from dtpvit.cli import main
 from dtpvit.evaluation.run_figures import COLOURS, panels, thinned
-from dtpvit.evaluation.run_record import FILES, read_runs
+from dtpvit.evaluation.run_model import TASKS, run_model, run_task
+from dtpvit.evaluation.run_record import FILES, RunRecord, read_runs
 from dtpvit.evaluation.run_table import grouped
 from dtpvit.evaluation.trade_off import pareto_front
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tasks"))  # where the configs find pairs.Pairs
+import conversing
+
+CONFIGS = Path(__file__).parents[2] / "configs"
 CLASSES = ("ant", "bee", "cat", "dog", "emu", "fox")
 VISION = {"image_size": 16, "patch_size": 4, "dim": 32, "depth": 2, "num_heads": 2}
 REDUCERS = {1: {"class_path": "DynamicPooling", "init_args": {"compression": 4}}}
@@ -101,7 +105,8 @@ def project(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
 
 def report(*words: str) -> tuple[str, str]:
     assert main(["report", *words]) == 0
-    return Path("report.html").read_text(encoding="utf-8"), Path("report.md").read_text(encoding="utf-8")
+    page = Path("report.html").read_text(encoding="utf-8").replace("<wbr>", "")
+    return page, Path("report.md").read_text(encoding="utf-8")
 
 
 def logged(run: str, file: str, column: str) -> list[float]:
@@ -137,6 +142,27 @@ def test_the_table_says_what_the_runs_logged(project):
     (cells,) = (run.cells() for run in clip.runs)
     assert cells["GMACs"].startswith("≈ 0.0") and cells["remarks"] == "no validation yet"
     assert [panel.title for panel in panels(clip)] == ["Training loss", "Boundary rate", "Tokens in training"]
+
+
+def test_an_instruction_run_whose_encoder_comes_from_another_run(project, monkeypatch):
+    words = {**conversing.ENCODER, "reducers": {1: {"class_path": "ToMe", "init_args": {"r": 2}}}}
+    options = {"language_model": conversing.language_model(project / "words"), "max_length": 128, "encoder": words}
+    model = {"class_path": "dtpvit.tasks.instruction.Instruction", "init_args": options}
+    trainer = {"max_epochs": 1, "accelerator": "cpu", "log_every_n_steps": 1}
+    config = {"trainer": trainer, "model": model, "data": {"class_path": "conversing.Conversations"}}
+    Path("first.yaml").write_text(yaml.safe_dump(config))
+    del options["encoder"]
+    options["init"] = "runs/first/checkpoints/last.ckpt"
+    Path("second.yaml").write_text(yaml.safe_dump(config))
+    assert main(["fit", "--config", "first.yaml"]) == main(["fit", "--config", "second.yaml"]) == 0
+    (group,) = grouped(read_runs(["runs/first", "runs/second"]))
+    assert group.title == "Instruction, conversing.Conversations"
+    for run in group.runs:
+        cells = run.cells()
+        assert cells["model"] == "ViT of 3 blocks, width 32, ToMe at block 1, words"
+        assert (cells["resolution"], cells["patch"], "remarks" in cells) == ("32", "8", False)
+        assert cells["exact answers, %"] == f"{100 * logged(run.record.name, 'metrics.csv', 'val/exact')[-1]:.1f}"
+        assert cells["GMACs"] == f"{logged(run.record.name, 'metrics.csv', 'val/gmacs')[-1]:.3f}"
 
 
 def test_the_page_and_the_text_hold_the_same(project):
@@ -227,6 +253,16 @@ def test_any_part_of_a_folder_makes_a_row(project, kept):
     assert ("top-1, %" in run.cells()) == ("metrics.csv" in kept)
     assert ("step, s" in run.cells()) == ("efficiency.csv" in kept)
     assert ("model" in run.cells()) == bool({"config.yaml", "checkpoints"} & set(kept))
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_model_of_every_config_is_named(path):
+    run = RunRecord(path.parent, config=yaml.safe_load(path.read_text(encoding="utf-8")))
+    model = run_model(run)
+    assert run_task(run) in TASKS and model.name
+    if run_task(run) != "Instruction":  # whose encoder may be a checkpoint's
+        assert int(model.resolution) % int(model.patch) == 0
+        assert ("dense" in path.stem) == model.name.endswith("dense") and ("4x" in path.stem) <= ("4x" in model.name)
 
 
 def test_broken_files_are_remarked_upon(project):
