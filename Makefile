@@ -1,4 +1,4 @@
-# make install | demo | test | test-all. All run from a fresh clone; what is installed goes into .venv.
+# make install | demo | test | test-all | docs | notebooks. All run from a fresh clone; what is installed goes into .venv.
 
 # PYTHON: any Python from 3.11 on; PIP_ARGS: for instance --index-url=...; JOBS: test processes.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
@@ -13,7 +13,7 @@ QUICKSTART := runs/quickstart/checkpoints/last.ckpt
 # One thread a test process: the tests' tensors are small.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
 
-.PHONY: install demo lint test test-all clean
+.PHONY: install demo lint docs notebooks test test-all clean
 
 install: $(STAMP)
 
@@ -38,11 +38,19 @@ lint: install
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 
-test: lint
+# Into site/; every warning, dead link and thing that a page would load over the network is an error.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# Runs the notebooks again and stores their outputs, which the site shows.
+notebooks: install
+	OMP_NUM_THREADS=1 $(BIN)/python docs/hooks/execute_notebooks.py
+
+test: lint docs
 	$(PYTEST)
 
-test-all: lint
+test-all: lint docs
 	$(PYTEST) -m ""
 
 clean:
-	rm -rf build dist .pytest_cache .ruff_cache .import_linter_cache .hypothesis *.egg-info
+	rm -rf build dist site .pytest_cache .ruff_cache .import_linter_cache .hypothesis *.egg-info

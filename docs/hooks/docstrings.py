@@ -1,4 +1,4 @@
-"""Griffe extension: what docstrings name becomes a link, as in ``:class:`Tokens```, and their doctests blocks of code."""
+"""Griffe extension: what docstrings name, as in ``:class:`Tokens```, becomes a link, and doctests become code."""
 
 from __future__ import annotations
 

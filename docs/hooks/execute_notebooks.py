@@ -1,4 +1,4 @@
-"""Run the notebooks of ``docs/notebooks`` and store what they give: ``python docs/hooks/execute_notebooks.py [FILE...]``.
+"""Run the notebooks of ``docs/notebooks`` and store their outputs: ``python docs/hooks/execute_notebooks.py``.
 
 The site shows what is stored; ``tests/test_notebooks.py`` runs them again and compares.
 """
@@ -14,7 +14,7 @@ from nbclient import NotebookClient
 from nbformat import NotebookNode
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
-_NUMBER = re.compile(r"[-+]?\d+\.?\d*(?:e[-+]?\d+)?")
+_NUMBER = re.compile(r"([-+]?\d+\.?\d*(?:e[-+]?\d+)?)( %)?")
 
 
 def executed(path: Path) -> NotebookNode:
@@ -24,8 +24,12 @@ def executed(path: Path) -> NotebookNode:
     client.record_timing = False
     client.execute()
     notebook.metadata = {"kernelspec": notebook.metadata["kernelspec"], "language_info": {"name": "python"}}
-    for output in (output for cell in notebook.cells for output in cell.get("outputs", [])):
-        _keep_smaller_picture(output.get("data", {}))
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            # Warnings name paths of this machine.
+            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+            for output in cell.outputs:
+                _keep_smaller_picture(output.get("data", {}))
     return notebook
 
 
@@ -36,13 +40,14 @@ def _keep_smaller_picture(data: dict[str, str]) -> None:
         del data[kind]
 
 
-def outputs(notebook: NotebookNode) -> list[tuple[str, list[float], int]]:
-    """Of each cell of code: its printed words with ``#`` for numbers, those numbers, and how many pictures it shows."""
+def outputs(notebook: NotebookNode) -> list[tuple[str, list[tuple[float, bool]], int]]:
+    """Of each cell of code: its printed words with ``#`` for numbers; those numbers, and whether each is a percentage;
+    and how many pictures it shows."""
     found = []
     for cell in notebook.cells:
         if cell.cell_type == "code":
             text = "".join(output.get("text", "") for output in cell.outputs)
-            numbers = [float(number) for number in _NUMBER.findall(text)]
+            numbers = [(float(number), bool(percent)) for number, percent in _NUMBER.findall(text)]
             pictures = sum(any(kind.startswith("image/") for kind in output.get("data", {})) for output in cell.outputs)
             found.append((" ".join(_NUMBER.sub("#", text).split()), numbers, pictures))
     return found

@@ -1,4 +1,4 @@
-"""The reference: a page for every public module of the package, from its docstrings, and their part of the navigation."""
+"""The reference: a page for every public module, from its docstrings, and their part of the navigation."""
 
 from __future__ import annotations
 

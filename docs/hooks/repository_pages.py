@@ -20,7 +20,10 @@ from mkdocs.structure.pages import Page
 
 REPOSITORY = Path(__file__).parents[2]
 PAGES = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
-PAGES |= {f"data/{path.parent.name}/README.md": f"data_sets/{path.parent.name}.md" for path in REPOSITORY.glob("data/*/README.md")}
+PAGES |= {
+    f"data/{path.parent.name}/README.md": f"data_sets/{path.parent.name}.md"
+    for path in REPOSITORY.glob("data/*/README.md")
+}
 _INCLUDED = re.compile(r"^<!-- from ([\w/]+\.md):(.*)-->$", re.MULTILINE)
 _LINK = re.compile(r"(?<!!)\[([^\]\n]+)\]\(([^)\s:#]+)(#[^)\s]*)?\)")
 _CODE = re.compile(r"^ *```.*?^ *```$|`[^`\n]+`(?!\])", re.MULTILINE | re.DOTALL)
@@ -64,9 +67,15 @@ def linked(text: str, source: str, page: str) -> str:
         path = posixpath.normpath(posixpath.join(posixpath.dirname(source), target))
         if any(start <= found.start() < stop for start, stop in kept):
             return found[0]
-        goal = {**PAGES, "README.md": "index.md"}.get(path, path.removeprefix("docs/") if path.startswith("docs/") else None)
+        goal = _page_of(path)
         if goal is None:
             return label if (REPOSITORY / path).exists() else found[0]
         return f"[{label}]({posixpath.relpath(goal, posixpath.dirname(page) or '.')}{anchor})"
 
     return _LINK.sub(lead, text)
+
+
+def _page_of(path: str) -> str | None:
+    """The page that shows a file of the repository."""
+    inside = path.removeprefix("docs/") if path.startswith("docs/") else None
+    return {**PAGES, "README.md": "index.md"}.get(path, inside)
