@@ -80,7 +80,9 @@ def too_many_bad(
     if max_skipped >= 1 or seen.number < LEAST_SEEN or seen.bad <= max_skipped:
         return None
     counts = ", ".join(f"{cause}: {count}" for cause, count in causes.items() if count)
-    named = [where for cause in causes for where in [one for one in examples if one[0] == cause][:_NAMED]]
+    named = [
+        where for cause in causes for where in [one for one in dict.fromkeys(examples) if one[0] == cause][:_NAMED]
+    ]
     such_as = ", ".join(f"{' '.join(where.split())[:200]} ({cause})" for cause, where in named)
     return UserError(
         f"{seen.bad:.0%} of the training samples are bad, judged by {seen.number:,} ({counts}; such as {such_as}), "
