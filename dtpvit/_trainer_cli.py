@@ -125,6 +125,9 @@ class TrainerCLI(LightningCLI):
         if self._command == "fit" and config.get("ckpt_path") is None and _was_restarted():
             config.ckpt_path = "last"  # SLURM and torchrun repeat the command that began the run
         self._checkpoint = self._find_checkpoint(config.get("ckpt_path"), Path(config.checkpoint.dirpath))
+        if config.get("ckpt_path") == "last" and self._checkpoint is None:
+            logger.info("no last.ckpt in %s yet: the run begins", config.checkpoint.dirpath)
+            config.ckpt_path = None
         self._resuming = self._continues(config.get("ckpt_path"))
         if self._resuming and self._checkpoint is not None:
             config.ckpt_path = str(self._checkpoint)

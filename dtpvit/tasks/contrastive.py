@@ -187,8 +187,9 @@ class Contrastive(ImageTask):
             if self._distributed:
                 average_gradients(self)
 
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        super().on_train_batch_end(outputs, batch, batch_idx)
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        # Not when the batch ends, before which checkpoints are written and averages of weights taken.
         with torch.no_grad():
             self.model.logit_scale.clamp_(0.0, math.log(100))
 

@@ -57,7 +57,7 @@ class Preemption(Callback):
         self._asked_at = 0.0
         self._common: Tensor | None = None
         self._reduction: distributed.Work | None = None
-        self._validation_due = self._leaving = False
+        self._leaving = self._validation_due = self._between_epochs = False
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listen to signals."""
@@ -79,7 +79,7 @@ class Preemption(Callback):
         loop = trainer.fit_loop.epoch_loop
         self._validation_due = loop._should_check_val_fx(trainer.fit_loop._data_fetcher)  # pyright: ignore
         # After the last step of an epoch without validation, the epoch ends first: no resume would make up for that.
-        if self._agreed and (self._validation_due or not loop._is_training_done):
+        if self._agreed and _is_whole(trainer) and (self._validation_due or not loop._is_training_done):
             trainer._logger_connector.on_batch_end()  # the step's figures, as Lightning would log them next
             trainer._logger_connector.update_train_step_metrics()
             self._leave(trainer)
@@ -87,35 +87,38 @@ class Preemption(Callback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save and leave, if the ranks were told to in the last step of the epoch before."""
         if self._agreed:
+            self._between_epochs = True
             self._leave(trainer)
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Leave the rest of the batches out. The ranks have unequally many of them, and so meet only at the end."""
-        if self._asked:
+        if self._asked and _is_whole(trainer):
             raise StopIteration
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save and leave, if any rank was told to, before figures are made of a part of the images."""
         self._start_asking(trainer)
         self._agreed = self._answer()
-        if self._agreed:
+        if self._agreed and _is_whole(trainer):
             self._validation_due = True
             self._leave(trainer)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Record of a run that leaves before or in a validation that this is to begin; it cannot go on in the middle.
-
-        Lightning takes one for interrupted that has a batch begun and not done.
-        """
-        if self._leaving and self._validation_due:
-            loops = checkpoint["loops"]["fit_loop"]
-            training, validation = (loops[f"epoch_loop.{loop}batch_progress"] for loop in ("", "val_loop."))
-            for count in ("total", "current"):
+        """Record the place of a run that leaves in such a way that Lightning goes on there."""
+        if not self._leaving:
+            return
+        loops = checkpoint["loops"]["fit_loop"]
+        training, validation = (loops[f"epoch_loop.{loop}batch_progress"] for loop in ("", "val_loop."))
+        for count in ("total", "current"):
+            if self._validation_due:  # it is to begin: Lightning takes one for interrupted that has a batch not done
                 training[count]["completed"] = training[count]["processed"]
                 begun = int(count == "total")
                 validation[count] |= {"ready": begun, "started": begun, "processed": 0, "completed": 0}
+            elif self._between_epochs:  # it would leave the epoch out that is about to start, not one that has ended
+                epoch = loops["epoch_progress"][count]
+                epoch |= {"ready": epoch["started"], "completed": epoch["processed"] - 1}
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let go of the trainer, which puts the signal handlers back that it found."""
@@ -170,6 +173,11 @@ class Preemption(Callback):
         environment = trainer._accelerator_connector.cluster_environment
         child = isinstance(environment, LightningEnvironment) and trainer.local_rank > 0
         raise SIGTERMException(0 if child else STOPPED)
+
+
+def _is_whole(trainer: Trainer) -> bool:
+    """Whether the optimizer has taken in every batch so far; gradients that wait for more are in no checkpoint."""
+    return not trainer.fit_loop.epoch_loop._should_accumulate()
 
 
 def _save_last(trainer: Trainer) -> str | None:
