@@ -38,9 +38,10 @@ lint: install
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 
-# Into site/; every warning, dead link and thing that a page would load over the network is an error.
+# Into site/; every warning, dead link and thing that a page would load over the network is an error. Not with --quiet, under
+# which --strict overlooks warnings.
 docs: install
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # Runs the notebooks again and stores their outputs, which the site shows.
 notebooks: install

@@ -13,6 +13,9 @@ from PIL import Image
 from benchmarks import loading
 from benchmarks.classification_rows import ROWS
 from benchmarks.classification_table import compared, difference
+from benchmarks.rate_at_cut import cut_boundaries
+from dtpvit.errors import UserError
+from dtpvit.interop.create import create_encoder
 
 
 def write_shards(folder: Path, counts: tuple[int, ...]) -> Path:
@@ -87,3 +90,16 @@ def test_the_table_marks_what_exceeds_two_standard_errors():
     cells = [cell.strip() for cell in row.split("|")[2:]]
     assert cells[:4] == ["50.0 (0.0)", "0.600 (0.071)", "+0.0 ± 0.0", "**-0.500 ± 0.000**"]
     assert cells[4:7] == ["10.0", "0.500", "2.0"] and "2 seeds a row, 100 test images" in page
+
+
+def test_the_rate_at_the_calibrated_cut_is_that_of_evaluation():
+    pooling = {"class_path": "DynamicPooling", "init_args": {"compression": 4}}
+    encoder = create_encoder("vit_tiny_patch16_224", image_size=64, depth=2, reducers={1: pooling})
+    images = torch.randn(4, 3, 64, 64)
+    with pytest.raises(UserError, match="no calibrated threshold"):
+        cut_boundaries(encoder, images)
+    encoder.train()(images, seeds=torch.arange(4))
+    found = cut_boundaries(encoder, images)
+    assert found.patches == 64 and found.asked == 0.25
+    assert found.rate(found.calibrated) == sum(found.tokens) / 64
+    assert found.rate(float("-inf")) == 1 and found.rate(float("inf")) == 4 / 64

@@ -14,11 +14,10 @@ NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add a page and its pictures for each notebook, and the notebook itself to download."""
+    """Add a page and its pictures for each notebook; MkDocs itself copies the notebook."""
     for path in sorted(NOTEBOOKS.glob("*.ipynb")):
         text, pictures = page(path)
         files.append(File.generated(config, f"notebooks/{path.stem}.md", content=text))
-        files.append(File.generated(config, f"notebooks/{path.name}", content=path.read_bytes()))
         for name, data in pictures.items():
             files.append(File.generated(config, f"notebooks/{name}", content=data))
     return files
@@ -32,4 +31,4 @@ def page(path: Path) -> tuple[str, dict[str, bytes]]:
     )
     # Behind the title: where the notebook is, since its page can only be read.
     title, rest = re.split(r"\n", text.lstrip(), maxsplit=1)
-    return f"{title}\n\n[The notebook]({path.name}){{: download}}\n{rest}", resources["outputs"]
+    return f"{title}\n\n[Download the notebook]({path.name}){{: download}}\n{rest}", resources["outputs"]
