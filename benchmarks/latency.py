@@ -5,9 +5,7 @@ python -m benchmarks.latency --images DIR --output docs/results/latency.md
 
 from __future__ import annotations
 
-import copy
 import gc
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +22,7 @@ from dtpvit.encoder.reducers import DynamicPooling
 from dtpvit.errors import UserError
 from dtpvit.evaluation.arguments import chosen_device
 from dtpvit.evaluation.measuring import Quartiles, alternate, speed_ups
-from dtpvit.evaluation.towers import Tower, load_tower
+from dtpvit.evaluation.towers import Tower, load_tower, twin_tower
 from dtpvit.interop.onnx_file import write_onnx
 
 Platform = Literal["eager", "compile", "onnx"]
@@ -83,11 +81,14 @@ def latency(
                 gc.collect()
                 gc.freeze()  # the models, or each collection between two runs walks through them
                 seconds = alternate(runs, place, rounds=rounds)
+                runs.clear()
+                gc.unfreeze()
+                torch.compiler.reset()
             tables.append(f"## {model.split('{rate}')[0].rstrip('-_')}, batch {batch}\n")
             tables.append(_table(towers, pixels, seconds, platforms))
-            print(*tables[-2:], sep="\n", file=sys.stderr)
-    what = _WHAT.format(rounds=rounds, images=count, calibrated=CALIBRATED_ON, difference=worst)
-    pages([heading("Latency", place), what, *tables], output)
+            # Written after each table: a machine that others use may not leave the time for all of them.
+            what = _WHAT.format(rounds=rounds, images=count, calibrated=CALIBRATED_ON, difference=worst)
+            pages([heading("Latency", place), what, *tables], output)
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ def _towers(model: str, rates: list[int], images: str | None, device: torch.devi
         if rate == 1:
             found.append(_Way("dense", tower, True))
             continue
-        fixed = copy.deepcopy(tower)
+        fixed = twin_tower(tower)
         with torch.no_grad():  # in training mode predictors find their threshold
             tower.image.train()
             tower.encode(tower.pixels(images, CALIBRATED_ON)[0].to(device))
@@ -149,7 +150,6 @@ def _forward(platform: Platform, model: nn.Module, path: Path) -> Callable[[Tens
     if platform == "eager":
         return model
     if platform == "compile":
-        torch.compiler.reset()
         return torch.compile(model, fullgraph=True, dynamic=False)
     import onnxruntime
 

@@ -25,6 +25,7 @@ _POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self' data: blob:; worker-src 'self' blob:"
 )
+LEAST, MOST = 1.5, 16.0  # patches for each token
 _AS_TRAINED = "as it was trained"
 
 
@@ -39,7 +40,8 @@ def serve(towers: Mapping[str, DemoTower], host: str, port: int) -> None:
     # What is loaded by now stays: left out of the collections between timed runs, which took most of a look.
     gc.collect()
     gc.freeze()
-    uvicorn.run(build_app(towers), host=host, port=port, log_level="warning")
+    # An open page holds a connection: without a limit Ctrl-C would wait for its browser.
+    uvicorn.run(build_app(towers), host=host, port=port, log_level="warning", timeout_graceful_shutdown=3)
 
 
 def build_app(towers: Mapping[str, DemoTower]) -> FastAPI:
@@ -84,7 +86,7 @@ def _page(towers: Mapping[str, DemoTower]) -> gr.Blocks:
                 drawn = gr.Button("draw shapes", size="sm")
                 choice = gr.Radio(names, value=names[0], label="encoder", visible=len(names) > 1)
                 own = gr.Checkbox(True, label=f"compression {_AS_TRAINED}")
-                compression = gr.Slider(1.5, 16, value=4, step=0.5, label="compression: patches for each token")
+                compression = gr.Slider(LEAST, MOST, value=4, step=0.5, label="compression: patches for each token")
                 labels = gr.Textbox(label="labels, one a line or between commas", lines=3, visible=has_text)
                 prompt = gr.Textbox("a photo of a {c}.", label="prompt, {c} is the label", visible=has_text)
             with gr.Column(scale=2, min_width=300):
@@ -122,8 +124,9 @@ def _look(towers: Mapping[str, DemoTower]) -> Callable[..., list[Any]]:
         if photo is None:
             return _nothing("Drop an image, or let shapes be drawn.")
         names = (labels or "").replace(",", "\n").splitlines()
+        rate = None if own else min(max(float(compression), LEAST), MOST)  # what is typed beside the slider may be more
         try:
-            seen = towers[choice].view(read_photo(photo["path"]), None if own else compression, names, prompt or "")
+            seen = towers[choice].view(read_photo(photo["path"]), rate, names, prompt or "")
         except UserError as mistake:
             return _nothing(f"**{str(mistake)[:1].upper()}{str(mistake)[1:]}.**")
         return [_said(seen, own), _picture(seen.segments), _picture(seen.heat), _table(seen), _scores(seen)]

@@ -134,8 +134,9 @@ def write_card(
 
 def _front(kind: CardKind, facts: CheckpointFacts) -> str:
     """The entries between two lines of dashes, of which Hugging Face makes its filters."""
-    # Of weights that began as somebody else's the code's licence says nothing.
-    licence = {"license": "other", "license_name": "unknown-check"} if facts.started_from else {"license": "apache-2.0"}
+    # Of weights that began as somebody else's, or may have, the code's licence says nothing.
+    is_ours = facts.model is not None and not facts.started_from
+    licence = {"license": "apache-2.0"} if is_ours else {"license": "other", "license_name": "unknown-check"}
     entries = {**licence, "library_name": kind.library, "pipeline_tag": kind.pipeline, "tags": ["dtpvit", *kind.tags]}
     return f"---\n{yaml.safe_dump(entries, sort_keys=False)}---"
 
@@ -202,7 +203,7 @@ def _origin(facts: CheckpointFacts) -> str:
     for what, name in facts.started_from.items():
         lines.append(f"The {what} started from `{name}`, whose origin and licence are not recorded: unknown, check.")
     if not facts.started_from:
-        lines.append("The checkpoint records no weights that these started from.")
+        lines.append("The checkpoint names no weights that these started from.")
     return " ".join([*lines, "The licence of the training data is not recorded: unknown, check."])
 
 

@@ -54,7 +54,7 @@ def run_blocks(text):
     """Each Python block of a card, as somebody would paste it, in a process of its own; what they print."""
     said = []
     for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600, check=False)
         assert done.returncode == 0, done.stderr
         said.append(done.stdout)
     return said
@@ -99,6 +99,21 @@ def test_the_card_of_an_assistant_and_its_code(tmp_path, monkeypatch):
     (said,) = run_blocks(text)
     assert re.search(r"\d+$", said.strip())
     assert Path("assistant/LICENSE").is_file()
+
+
+@pytest.mark.slow
+def test_the_code_of_the_page_on_inference_runs(tmp_path, monkeypatch):
+    """The same folder and file names as on the page, a smaller encoder."""
+    pytest.importorskip("onnxruntime", reason="needs dtpvit[onnx]")
+    monkeypatch.chdir(tmp_path)
+    config = pairs.config()
+    config["vision"] |= {"image_size": 224, "patch_size": 32}
+    save(pairs.task(model=config), tmp_path / "last.ckpt")
+    Image.new("RGB", (50, 40), "red").save(tmp_path / "photo.jpg")
+    options = ["--out", "exported", "--onnx", "exported/tower.onnx", "--budget", "fixed"]
+    assert main(["export", "--checkpoint", "last.ckpt", *options]) == 0
+    features, onnx, compiled = run_blocks((REPOSITORY / "docs/inference.md").read_text())
+    assert (features, onnx) == ("torch.Size([1, 16])\n", "(1, 16)\n") and compiled == "torch.Size([1, 192])\n"
 
 
 def test_a_card_made_ones_own_is_left_alone(checkpoint, capsys):
