@@ -41,7 +41,9 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     """Put in sections of other files, and lead links to pages."""
     own = page.file.src_uri
     markdown = linked(markdown, f"docs/{own}", own) if page.file.generated_by is None else markdown
-    return _INCLUDED.sub(lambda found: linked(section(found[1], found[2].strip()), found[1], own), markdown)
+    markdown = _INCLUDED.sub(lambda found: linked(section(found[1], found[2].strip()), found[1], own), markdown)
+    # GitHub needs a | in a table's code escaped; Python-Markdown would show the backslash.
+    return re.sub(r"`[^`\n]+`", lambda code: code[0].replace(r"\|", "|"), markdown)
 
 
 def section(source: str, heading: str) -> str:
