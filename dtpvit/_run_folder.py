@@ -127,7 +127,7 @@ class RunCheckpoint(ModelCheckpoint):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Count the epoch that a run began which went on from such a checkpoint; Lightning has not."""
         epochs = trainer.fit_loop.epoch_progress
-        if epochs.current.ready == epochs.current.processed:
+        if epochs.current.ready == trainer.current_epoch:
             epochs.increment_ready()
             epochs.increment_started()
 

@@ -335,7 +335,7 @@ def test_a_full_disk_ends_the_run_in_a_sentence_with_its_last_good_checkpoint(pr
     done = shell("fit", "--config", "full.yaml", "--config", "line.yaml", "--data", "points.txt")
     assert done.returncode == 2 and "Traceback" not in done.stderr
     said = done.stderr.splitlines()[-1]
-    assert "could not be written (File too large); the last good one is runs/line/checkpoints/" in said
+    assert "could not be written (File too large); the last good one is " in said
     assert said.endswith("(step 8); make room and go on with --ckpt_path last")
     assert checkpoint()["global_step"] == 8 and not list(Path("runs").rglob("*.partial"))
 
@@ -361,7 +361,7 @@ def test_a_run_goes_on_twice_from_a_checkpoint_that_another_wrote_before_the_epo
         stopping = {"trainer": {"callbacks": [{"class_path": "cli_example.Stop", "init_args": stop}]}}
         (project / f"stop{number}.yaml").write_text(yaml.safe_dump(stopping))
         arguments = ["fit", "--config", f"stop{number}.yaml", "--config", "line.yaml", "--data", "points.txt"]
-        assert main([*arguments, "--ckpt_path", "last", *every]) == 130
+        assert main([*arguments, *every, *(["--ckpt_path", "last"] if number else [])]) == 130
     assert fit("--ckpt_path", "last", *every) == 0
     assert fit("--name", "whole", *every) == 0
     for part in ("global_step", "state_dict", "optimizer_states"):
