@@ -25,9 +25,10 @@ process of its own. A run is killed by SIGKILL at a random moment of its trainin
 last`) and killed again, {kills} times in all where it does not end before; then it runs to its end and is compared with
 one that nobody killed. While writing: a kill left a half-written file. Damaged: checkpoints found not to be whole after
 a kill. Steps redone: batches after the last checkpoint, computed once more. Lost, twice: samples in the history of the
-unkilled run's weights and not of this one's, and the reverse. Differing: entries of `last.ckpt` (weights, average,
-optimizer, schedule, loops, callbacks, calibration) that are not the same bit for bit, and values of `metrics.csv`;
-times measured and counts of skipped samples are left out.
+unkilled run's weights and not of this one's, and the reverse. Rows missing: steps of which `metrics.csv` lacks a row,
+which is written after the step's checkpoint. Differing: entries of `last.ckpt` (weights, average, optimizer, schedule,
+loops, callbacks, calibration) that are not the same bit for bit, and values of `metrics.csv`; times measured and counts
+of skipped samples are left out.
 """
 
 
@@ -41,6 +42,7 @@ class Fate:
     redone: int = 0
     lost: int = 0
     twice: int = 0
+    unlogged: int = 0
     differing: int = 0
 
 
@@ -72,7 +74,7 @@ def reliability(minutes: float = 8.0, kills: int = 3, every: int = 2, seed: int 
             turn += 1
     rows = [[f"{kind}, {workers} workers", *_total(fates[kind, workers])] for kind, workers in setups]
     rows.append(["all", *_total([fate for row in fates.values() for fate in row])])
-    names = ["runs", "kills", "while writing", "damaged", "steps redone", "lost", "twice", "differing"]
+    names = ["runs", "kills", "while writing", "damaged", "steps redone", "lost", "twice", "rows missing", "differing"]
     what = _WHAT.format(every=every, kills=kills)
     pages([heading("Killed and gone on with", torch.device("cpu")), what, table(["", *names], rows)], output)
 
@@ -115,11 +117,15 @@ def _torment(
         torch.load(place / "checkpoints/last.ckpt", weights_only=True) for place in (folder, whole.folder)
     )
     values, others = (logged(place / "metrics.csv") for place in (folder, whole.folder))
-    fate.differing = len(differences(found, expected)) + sum(values.get(at) != others[at] for at in others)
+    differing = differences(found, expected)
+    differing += [f"{at}: {values[at]} and {others[at]}" for at in others if values.get(at, others[at]) != others[at]]
+    fate.unlogged = len({step for step, name in others if (step, name) not in values})
     history, other = final_history(diary), final_history(whole.diary)
     seen, due = (Counter((epoch, key) for _, epoch, keys in batches for key in keys) for batches in (history, other))
     fate.lost, fate.twice = sum((due - seen).values()), sum((seen - due).values())
-    fate.differing += history != other
+    differing += ["the order of the samples"] * (history != other)
+    print(*differing, sep="\n", end="\n" if differing else "")
+    fate.differing = len(differing)
     batches = sum(not line.endswith("null]") for line in diary.read_text(encoding="utf-8").splitlines())
     fate.redone = batches - len(history)
     shutil.rmtree(folder)
@@ -133,7 +139,7 @@ def _arguments(setup: tuple[str, int], images: Path, folder: Path, every: int) -
 
 
 def _total(fates: list[Fate]) -> list[int]:
-    names = ("kills", "in_writing", "damaged", "redone", "lost", "twice", "differing")
+    names = ("kills", "in_writing", "damaged", "redone", "lost", "twice", "unlogged", "differing")
     return [len(fates), *(sum(getattr(fate, name) for fate in fates) for name in names)]
 
 

@@ -64,12 +64,9 @@ class RunLogger(CSVLogger):
     """
 
     def __init__(self, folder: Path, append: bool) -> None:
-        super().__init__(save_dir=str(folder.parent), name=folder.name, version="")
+        # Each row at once: of a run that is killed a hundred rows would be lost.
+        super().__init__(save_dir=str(folder.parent), name=folder.name, version="", flush_logs_every_n_steps=1)
         self._append = append
-
-    def after_save_checkpoint(self, checkpoint_callback: Any) -> None:
-        """Write out what is known, so that a kill takes no row of a step that a checkpoint has."""
-        self.save()
 
     @property
     @rank_zero_experiment

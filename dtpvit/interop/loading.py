@@ -13,11 +13,21 @@ from torch import Tensor, nn
 
 from dtpvit.encoder import ImageEncoder
 from dtpvit.errors import UserError
+from dtpvit.interop.checkpoint_format import FORMAT_KEY, check_format
 from dtpvit.interop.create import build_clip
 from dtpvit.interop.model_config import NAMES, PATTERN, from_open_clip, model_config
 from dtpvit.interop.weight_files import read_checkpoint, state_of
 
-__all__ = ["LoadedClip", "Tokenize", "chosen_model", "difference", "is_classifier", "load_clip", "load_state"]
+__all__ = [
+    "LoadedClip",
+    "Tokenize",
+    "check_folder",
+    "chosen_model",
+    "difference",
+    "is_classifier",
+    "load_clip",
+    "load_state",
+]
 
 
 class Tokenize:
@@ -155,6 +165,8 @@ def _from_open_clip(name: str, checkpoint: str | Path | None) -> LoadedClip:
     if not known:
         raise UserError(f"no model is called {name!r}; expected {PATTERN}, local-dir:FOLDER, or a name of open_clip's")
     pretrained = None if checkpoint is None else str(checkpoint)
+    if name.startswith("local-dir:"):
+        _check_folder(Path(name.removeprefix("local-dir:")))
     try:
         model = open_clip.create_model(name, pretrained=pretrained)
         tokenizer = open_clip.get_tokenizer(name)
@@ -167,6 +179,22 @@ def _from_open_clip(name: str, checkpoint: str | Path | None) -> LoadedClip:
     return LoadedClip(
         clip.eval(), name, (height, width), preprocess["mean"], preprocess["std"], tokenizer, preprocess["resize_mode"]
     )
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuse an exported folder that is damaged, or of a newer format.
+
+    Raises:
+        UserError: Naming the file.
+    """
+    config = folder / "open_clip_config.json"
+    try:
+        described = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"{config} is damaged ({error}); export the checkpoint anew") from error
+    check_format(described.get(FORMAT_KEY), config)
+    for weights in folder.glob("*.safetensors"):
+        read_checkpoint(weights)
 
 
 def _with_packed_towers(name: str, model: nn.Module) -> nn.Module:

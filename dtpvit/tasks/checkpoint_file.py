@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -80,7 +79,7 @@ def _last_good(target: Path) -> str:
         return "there is no earlier one; make room and start again"
     step = read_checkpoint(good, mmap=True).get("global_step")
     at = "" if step is None else f" (step {step})"
-    return f"the last good one is {os.path.relpath(good)}{at}; make room and go on with --ckpt_path last"
+    return f"the last good one is {good}{at}; make room and go on with --ckpt_path last"
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
