@@ -107,7 +107,8 @@ ODD = {
 TINY = encoded(Image.new("RGB", (1, 1), RED), "PNG")
 
 _whole = jpeg(0, (200, 200), quality=95)
-_scan = _whole[_whole.index(b"\xff\xda") :]
+_steps = encoded(picture((64, 48)), "JPEG", progressive=True)
+_first, _second = [place for place in range(len(_steps)) if _steps.startswith(b"\xff\xda", place)][:2]
 
 BAD = {
     "truncated JPEG": (_whole[:-900], "broken image"),
@@ -116,6 +117,7 @@ BAD = {
     "HTML saved as .jpg": (b"<!DOCTYPE html><html><title>404 Not Found</title></html>", "broken image"),
     "20,000 by 20,000 pixels": (encoded(Image.new("1", (20_000, 20_000)), "PNG"), "oversized image"),
     "claims 2,000,000,000 by 2,000,000,000": (png(header(2_000_000_000, 2_000_000_000)), "oversized image"),
+    "12,000 by 10,000 pixels, of which Pillow only warns": (png(header(12_000, 10_000)), "oversized image"),
     "JPEG of 65,500 by 65,500": (
         _whole.replace(struct.pack(">HH", 200, 200), struct.pack(">HH", 65_500, 65_500), 1),
         "oversized image",
@@ -124,6 +126,6 @@ BAD = {
         png(header(8, 8), chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(300 << 20), 9))),
         "broken image",
     ),
-    "a thousand scans": (_whole[: -len(_scan)] + _scan[:-2] * 1000 + b"\xff\xd9", "broken image"),
+    "a thousand scans": (_steps[:_first] + _steps[_first:_second] * 1000 + _steps[_second:], "broken image"),
 }
 """Name -> file, and the cause it is counted under."""
