@@ -9,12 +9,14 @@ from typing import Any
 import lightning
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from dtpvit.encoder import DualEncoder, Encoding, ImageEncoder
 from dtpvit.interop.dense_weights import Transfer, load_dense
+from dtpvit.tasks.accumulation import average_gradients
 from dtpvit.tasks.checkpoint_names import use_model_names
-from dtpvit.tasks.optimization import NonFiniteGuard
+from dtpvit.tasks.optimization import NonFiniteGuard, clip_shards
 from dtpvit.tasks.resuming import continue_data
 from dtpvit.tasks.skipped_samples import report_skipped
 
@@ -102,11 +104,29 @@ class ImageTask(lightning.LightningModule):
         self._last_loss = loss.detach()
         super().backward(loss, *args, **kwargs)
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether parameters are cut between the ranks (:mod:`dtpvit.tasks.sharding`)."""
+        return any(isinstance(parameter, DTensor) for parameter in self.parameters())
+
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:  # once a step, however many batches it gathers
+        if self.is_sharded:
+            average_gradients(parameter for parameter in self.parameters() if not isinstance(parameter, DTensor))
         self.trunk.after_backward()
         self.guard.after_backward(self._last_loss, self.parameters(), scaled=self.trainer.precision == "16-mixed")
         if self.guard.skipped:
             self.log("train/skipped_steps", float(self.guard.skipped))
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        if self.is_sharded and gradient_clip_val:
+            clip_shards(self.parameters(), gradient_clip_val, gradient_clip_algorithm or "norm")
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def on_train_epoch_end(self) -> None:
         report_skipped(self)
