@@ -55,8 +55,8 @@ class ImageTask(lightning.LightningModule):
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
         """What DDP leaves alone: buffers, which all ranks change alike.
 
-        It would broadcast them before each step, and once more in a validation, where a rank may have nothing to do and
-        the others then wait for it in vain.
+        It would broadcast them before each step, and once more in a validation, where a rank that has left its batches
+        out is waited for in vain.
         """
         return [name for name, _ in self.named_buffers()]
 
