@@ -9,7 +9,7 @@ over all micro-batches and ranks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import reduce
@@ -130,9 +130,9 @@ class CachedStep:
 
 
 @torch.no_grad()
-def average_gradients(module: nn.Module) -> None:
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Mean of every gradient over the ranks, in one collective for each data type."""
-    grads = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
     for dtype in sorted({grad.dtype for grad in grads}, key=str):
         same = [grad for grad in grads if grad.dtype == dtype]
         flat = torch.cat([grad.flatten() for grad in same])

@@ -184,8 +184,8 @@ class Contrastive(ImageTask):
         if self._cached is not None:
             self._cached.backward(self.trainer.precision_plugin.forward_context)
             self._cached = None
-            if self._distributed:
-                average_gradients(self)
+            if self._distributed and not self.is_sharded:
+                average_gradients(self.parameters())
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)

@@ -10,14 +10,16 @@ from typing import Any, Self
 import lightning
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from dtpvit.encoder import DualEncoder, Encoding, ImageEncoder
 from dtpvit.interop.checkpoint_format import FORMAT, FORMAT_KEY, migrate
 from dtpvit.interop.dense_weights import Transfer, load_dense
 from dtpvit.interop.weight_files import up_to_date
+from dtpvit.tasks.accumulation import average_gradients
 from dtpvit.tasks.checkpoint_names import use_model_names
-from dtpvit.tasks.optimization import NonFiniteGuard
+from dtpvit.tasks.optimization import NonFiniteGuard, clip_shards
 from dtpvit.tasks.resuming import continue_data
 from dtpvit.tasks.skipped_samples import check_skipped, report_skipped
 from dtpvit.tasks.suspects import Suspects
@@ -58,8 +60,8 @@ class ImageTask(lightning.LightningModule):
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
         """What DDP leaves alone: buffers, which all ranks change alike.
 
-        It would broadcast them before each step, and once more in a validation, where a rank may have nothing to do and
-        the others then wait for it in vain.
+        It would broadcast them before each step, and once more in a validation, where a rank that has left its batches
+        out is waited for in vain.
         """
         return [name for name, _ in self.named_buffers()]
 
@@ -119,10 +121,17 @@ class ImageTask(lightning.LightningModule):
         self._last_loss = loss.detach()
         super().backward(loss, *args, **kwargs)
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether parameters are cut between the ranks (:mod:`dtpvit.tasks.sharding`)."""
+        return any(isinstance(parameter, DTensor) for parameter in self.parameters())
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         self.suspects.see(batch)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:  # once a step, however many batches it gathers
+        if self.is_sharded:
+            average_gradients(parameter for parameter in self.parameters() if not isinstance(parameter, DTensor))
         self.trunk.after_backward()
         scaled = self.trainer.precision == "16-mixed"
         if self.guard.after_backward(self._last_loss, self.parameters(), scaled=scaled):
@@ -158,6 +167,17 @@ class ImageTask(lightning.LightningModule):
         if isinstance(checkpoint_path, str | Path) and options.get("weights_only") is not False:
             checkpoint_path = up_to_date(checkpoint_path)
         return super().load_from_checkpoint(checkpoint_path, *args, **options)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        if self.is_sharded and gradient_clip_val:
+            clip_shards(self.parameters(), gradient_clip_val, gradient_clip_algorithm or "norm")
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def on_train_epoch_end(self) -> None:
         report_skipped(self)

@@ -42,7 +42,8 @@ class BoundaryCalibration(FullPrecision):
         if len(logits) == 0:
             return
         resolution = self.boundary_window.shape[1]
-        level = (torch.arange(resolution, device=logits.device) + 0.5) / resolution
+        # Named: where all of a model is bfloat16, Lightning makes that the default.
+        level = (torch.arange(resolution, device=logits.device, dtype=torch.float32) + 0.5) / resolution
         row = logits.to(torch.float32).sort().values[(level * len(logits)).long()]
         # The window slides; copying 32 KiB a step is cheaper than a position that every rank must agree on.
         window = torch.cat((self.boundary_window[1:], row[None]))

@@ -1,0 +1,235 @@
+"""What test_ranks.py has one process do, and each of two together: every function writes what it found to a folder."""
+
+import os
+import sys
+from pathlib import Path
+
+import lightning as L
+import torch
+import yaml
+from torch import distributed
+from torch.utils.data import DataLoader
+
+sys.path.insert(0, str(Path(__file__).parent / "tasks"))
+sys.path.insert(0, str(Path(__file__).parent / "datamodules"))
+import labelled
+import pairs
+from shard_files import jpeg, write_tar
+
+from dtpvit.datamodules.image_text import ImageTextShards
+from dtpvit.encoder.ops.collectives import add_up, gather_columns
+from dtpvit.tasks.classification import Classification
+from dtpvit.tasks.optimization import NonFiniteGuard
+from dtpvit.tasks.sharding import FullySharded
+from dtpvit.tasks.weight_average import WeightAverage
+
+FRAGMENTS = sorted((Path(__file__).parents[1] / "configs" / "reducers").glob("*.yaml"))
+SIGMOID = {"init_logit_bias": -10.0, "init_logit_scale": 2.3}
+
+
+def world():
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+def rank():
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def options(strategy="ddp"):
+    if world() == 1:
+        return {"devices": 1}
+    return {"devices": 2, "strategy": strategy, "use_distributed_sampler": False}
+
+
+def save(folder, name, found):
+    torch.save(found, folder / f"{name}-{world()}-{rank()}.pt")
+
+
+def losses(folder):
+    """Loss and gradients of a step with each loss, and of two batches that make one step."""
+    cases = {
+        "softmax": {},
+        "gathered": {"local_loss": False},
+        "sigmoid": {"model": pairs.config(**SIGMOID)},
+        "sigmoid_pieces": {"model": pairs.config(**SIGMOID), "accum_freq": 2},
+        "two_batches": {},
+    }
+    for name, more in cases.items():
+        record = pairs.Record(folder)
+        batches = {"accumulate_grad_batches": 2, "limit_train_batches": 2} if name == "two_batches" else {}
+        model = pairs.task(**more)
+        trainer = L.Trainer(**_quiet(), **options(), max_steps=1, callbacks=[record], **batches)
+        trainer.fit(model, pairs.Pairs(2 if batches else 1))
+        save(folder, name, torch.load(folder / f"rank{rank()}-step0.pt", weights_only=True))
+
+
+def reducers(folder):
+    """Tokens and what is learned for evaluation, of six images of which the first rank has four."""
+    g = torch.Generator().manual_seed(0)
+    images, seeds = torch.randn(6, 3, 96, 96, generator=g), torch.arange(6) + 7
+    share = slice(None) if world() == 1 else [slice(0, 4), slice(4, None)][rank()]
+    found = {}
+    for path in FRAGMENTS:
+        torch.manual_seed(0)
+        vision = {"preset": "vit_tiny_patch16_224", "image_size": 96, "dim": 24, "num_heads": 3}
+        reducers = yaml.safe_load(path.read_text())
+        encoder = Classification(model=vision, num_classes=3, vision={"reducers": reducers}).model.train()
+        for _ in range(2):
+            encoding = encoder.encode(images[share], seeds=seeds[share])
+            torch.stack([encoding.pooled.square().sum(), *encoding.losses.values()]).sum().backward()
+            encoder.after_backward()
+        state = {name: value.clone() for name, value in encoder.reducers.named_buffers() if "baseline" not in name}
+        found[path.stem] = {"state": state, "lengths": encoding.tokens.lengths}
+    save(folder, "reducers", found)
+
+
+def guard(folder):
+    """A gradient that is no number on the last rank alone."""
+    parameter = torch.nn.Parameter(torch.zeros(3))
+    watch, found = NonFiniteGuard(3), []
+    for bad in (True, False, True):
+        parameter.grad = torch.full((3,), float("nan") if bad and rank() == world() - 1 else 1.0)
+        watch.after_backward(torch.ones(()), [parameter], scaled=False)
+        found.append((parameter.grad is None, watch.skipped, watch.in_a_row))
+    save(folder, "guard", found)
+
+
+def collectives(folder):
+    """Unequally many columns, and none on one rank."""
+    whole = torch.arange(10.0).view(2, 5)
+    mine = whole if world() == 1 else whole[:, [slice(0, 5), slice(5, None)][rank()]]
+    counts = [3, 4] if world() == 1 else [[3, 0], [0, 4]][rank()]
+    save(folder, "collectives", [gather_columns(mine), add_up(*counts, device=torch.device("cpu"))])
+
+
+class Judged(L.LightningDataModule):
+    """Eleven pairs, then nine labelled images, in batches of 3, of which the first rank has all but one."""
+
+    zeroshot_prompts = (["red", "green", "blue"], [lambda name: f"a {name} ball", lambda name: name])
+    zeroshot_class_indices = None
+
+    def val_dataloader(self):
+        whole = pairs.batch(11)
+        g = torch.Generator().manual_seed(3)
+        images = {"image": torch.randint(0, 256, (9, 3, 32, 32), dtype=torch.uint8, generator=g)}
+        images["label"] = torch.arange(9) % 3
+        return [self._mine({"image": whole["image"], "text": whole["text"]}, 10), self._mine(images, 8)]
+
+    def _mine(self, batch, first):
+        share = slice(None) if world() == 1 else [slice(0, first), slice(first, None)][rank()]
+        parts = {name: value[share].split(3) for name, value in batch.items()}
+        batches = [dict(zip(parts, values, strict=True)) for values in zip(*parts.values(), strict=True)]
+        return DataLoader(batches, batch_size=None)
+
+
+def validation(folder):
+    """Retrieval and zero-shot; every sample counts once, though one rank has four times the batches."""
+    trainer = L.Trainer(**_quiet(), **options())
+    (first, *_) = trainer.validate(pairs.task(), Judged(), verbose=False)
+    save(folder, "validation", {name: float(value) for name, value in trainer.callback_metrics.items()})
+    assert first
+
+
+def average(folder):
+    callback = WeightAverage(decay=0.5)
+    module = pairs.task()
+    trainer = L.Trainer(**_quiet(), **options(), max_steps=3, callbacks=[callback])
+    trainer.fit(module, pairs.Pairs(3))
+    save(folder, "average", module.state_dict())
+
+
+def broken(folder):
+    """Shards of 12 and 6 pairs, of which the second has three broken images and one without a caption."""
+    shards = folder / f"shards{world()}-{rank()}"  # each its own: they write at the same time
+    for number, size in enumerate((12, 6)):
+        samples = {f"{number}{i}": {"jpg": jpeg(i), "txt": f"caption {i}".encode()} for i in range(size)}
+        if number == 1:
+            for i in range(3):
+                samples[f"1{i}"]["jpg"] = samples[f"1{i}"]["jpg"][:100]
+            del samples["15"]["txt"]
+        write_tar(shards / f"{number:05d}.tar", samples)
+    data = ImageTextShards(train=str(shards), batch_size=2, num_workers=0, shuffle_buffer=4)
+    trainer = L.Trainer(**_quiet(), **options(), max_epochs=1)
+    module = pairs.task()
+    trainer.fit(module, data)
+    figures = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("data/")}
+    save(folder, "broken", [trainer.global_step, figures, module.state_dict()])
+
+
+def sharded(folder):
+    """What FSDP2 makes of the same trainings; one process stands for what is to come out."""
+    strategy = FullySharded if world() > 1 else lambda: "auto"
+    reducer = {"class_path": "DynamicPooling", "init_args": {"compression": 4, "estimator": "symmetric"}}
+    cases = {
+        "clipped": ({}, {"gradient_clip_val": 0.05}),
+        "by_value": ({}, {"gradient_clip_val": 1e-3, "gradient_clip_algorithm": "value"}),
+        "pieces": ({"accum_freq": 2}, {}),
+        "symmetric": ({"model": pairs.config({1: reducer})}, {}),
+        "sigmoid": ({"model": pairs.config(**SIGMOID)}, {}),
+        "checkpointed": ({"grad_checkpointing": True}, {}),
+    }
+    for name, (more, of_trainer) in cases.items():
+        module = pairs.task(**more)
+        trainer = L.Trainer(**_quiet(), **options(strategy()), max_steps=3, **of_trainer)
+        trainer.fit(module, pairs.Pairs(3))
+        save(folder, f"sharded_{name}", trainer.strategy.lightning_module_state_dict())
+        if name == "clipped":
+            trainer.save_checkpoint(folder / f"sharded-{world()}.ckpt")
+
+
+def sharded_again(folder):
+    """Two more steps, from the checkpoint that the two ranks wrote."""
+    module = pairs.task()
+    strategy = FullySharded() if world() > 1 else "auto"
+    trainer = L.Trainer(**_quiet(), **options(strategy), max_steps=5, gradient_clip_val=0.05)
+    trainer.fit(module, pairs.Pairs(5), ckpt_path=folder / "sharded-2.ckpt", weights_only=True)
+    save(folder, "sharded_again", trainer.strategy.lightning_module_state_dict())
+
+
+def sharded_classifier(folder):
+    for mode in ("finetune", "frozen"):
+        module = labelled.task(mode=mode, optimizer="sgd", layer_decay=0.7)
+        trainer = labelled.trainer(**options(FullySharded() if world() > 1 else "auto"))
+        trainer.fit(module, datamodule=labelled.Images())
+        figures = {n: float(v) for n, v in trainer.callback_metrics.items() if n.startswith("val/")}
+        save(folder, f"sharded_{mode}", [trainer.strategy.lightning_module_state_dict(), figures])
+
+
+def sharded_guard(folder):
+    """A loss that is no number on one rank: nothing moves; and bfloat16 leaves the boundary predictor alone."""
+    module = pairs.task(optimizer="adamw")
+    real = module._contrastive_loss
+    module._contrastive_loss = lambda *both: real(*both) * (float("nan") if rank() == world() - 1 else 1.0)
+    trainer = L.Trainer(**_quiet(), **options(FullySharded() if world() > 1 else "auto"), max_steps=2)
+    trainer.fit(module, pairs.Pairs(2))
+    half = pairs.task()
+    precise = L.Trainer(
+        **_quiet(), **options(FullySharded() if world() > 1 else "auto"), max_steps=1, precision="bf16-true"
+    )
+    precise.fit(half, pairs.Pairs(1))
+    types = {name: str(value.dtype) for name, value in precise.strategy.lightning_module_state_dict().items()}
+    save(folder, "sharded_guard", [module.guard.skipped, trainer.strategy.lightning_module_state_dict(), types])
+
+
+CHECKS = [losses, reducers, guard, collectives, validation, average, broken]
+SHARDED = [sharded, sharded_again, sharded_classifier, sharded_guard]
+
+
+def run(rank, checks, folder):
+    """To be called in each of two new processes."""
+    import warnings
+
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    place = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    os.environ |= {name: str(value) for name, value in place.items()} | {"TORCHELASTIC_RUN_ID": "test"}
+    # A file, for two runs of the tests on one machine must not take the same port; Lightning takes the group as it is.
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    for check in checks:
+        check(folder)
+    distributed.destroy_process_group()
+
+
+def _quiet():
+    found = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
+    return found | {"enable_model_summary": False, "num_sanity_val_steps": 0}

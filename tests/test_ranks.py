@@ -1,0 +1,143 @@
+"""Two processes together do what one does alone, in everything that crosses from rank to rank."""
+
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+import rank_checks
+from rank_checks import pairs
+
+
+def ran(checks, folder):
+    torch.multiprocessing.spawn(rank_checks.run, args=(checks, folder), nprocs=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Lightning's, of loaders as small as these
+        for check in checks:
+            check(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory):
+    """Everything at once: processes take longer to start than to check."""
+    return ran(rank_checks.CHECKS, tmp_path_factory.mktemp("ranks"))
+
+
+def found(folder, name):
+    """Of one process, and of both ranks."""
+    places = [(1, 0), (2, 0), (2, 1)]
+    one, *two = (torch.load(folder / f"{name}-{world}-{rank}.pt", weights_only=True) for world, rank in places)
+    return one, two
+
+
+def close(mine, expected, tolerance=1e-5):
+    atol = tolerance * max(float(value.abs().nan_to_num().max()) for value in expected.values())
+    torch.testing.assert_close(mine, expected, rtol=10 * tolerance, atol=atol, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", ["softmax", "gathered", "sigmoid", "sigmoid_pieces", "two_batches"])
+def test_losses_and_gradients_are_those_of_the_joined_batch(name, together):
+    one, two = found(together, name)
+    for rank in two:
+        assert set(rank["grads"]) == set(one["grads"])
+        for key, grad in rank["grads"].items():
+            close({key: grad}, {key: one["grads"][key]}, 2e-5)
+        torch.testing.assert_close(rank["threshold"], one["threshold"])
+    torch.testing.assert_close(torch.stack([rank["loss"] for rank in two]).mean(), one["loss"])
+
+
+@pytest.mark.parametrize("name", [path.stem for path in rank_checks.FRAGMENTS])
+def test_reducers_decide_and_learn_over_all_ranks(name, together):
+    one, two = (found(together, "reducers")[0][name], [rank[name] for rank in found(together, "reducers")[1]])
+    assert torch.equal(torch.cat([rank["lengths"] for rank in two]), one["lengths"])
+    for rank in two:
+        torch.testing.assert_close(rank["state"], one["state"], rtol=1e-5, atol=1e-6, equal_nan=True)
+        assert all(
+            torch.equal(value.nan_to_num(), two[0]["state"][key].nan_to_num()) for key, value in rank["state"].items()
+        )
+
+
+def test_a_step_that_is_no_number_on_one_rank_is_left_out_on_all(together):
+    one, two = found(together, "guard")
+    assert one == two[0] == two[1] == [(True, 1, 1), (False, 1, 0), (True, 2, 1)]
+
+
+def test_a_rank_may_have_nothing_to_add(together):
+    (columns, sums), two = found(together, "collectives")
+    assert all(torch.equal(rank[0], columns) and rank[1] == sums == [3, 4] for rank in two)
+
+
+def test_validation_counts_every_sample_once(together):
+    one, two = found(together, "validation")
+    assert two[0] == two[1] == pytest.approx(one, rel=1e-5)
+    assert {"val/zeroshot_acc1", "val/text_retrieval_recall@5", "val/tokens"} <= set(one)
+    assert one["val/zeroshot_acc1"] * 9 == pytest.approx(round(one["val/zeroshot_acc1"] * 9))
+
+
+def test_averaged_weights_are_the_same_on_all_ranks(together):
+    one, two = found(together, "average")
+    torch.testing.assert_close(two[0], two[1], rtol=0, atol=0, equal_nan=True)
+    close(two[0], one, 1e-4)
+
+
+def test_unequal_shards_with_broken_samples_in_one(together):
+    """Both ranks take as many steps, and what was skipped is counted over both."""
+    (steps, figures, _), two = found(together, "broken")
+    assert steps == 9 and [rank[0] for rank in two] == [4, 4]
+    assert two[0][1] == two[1][1] and sum(figures.values()) >= 4
+    assert set(two[0][1]) == set(figures)
+    torch.testing.assert_close(two[0][2], two[1][2], rtol=0, atol=0, equal_nan=True)
+
+
+# FSDP2
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory):
+    return ran(rank_checks.SHARDED, tmp_path_factory.mktemp("sharded"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["clipped", "by_value", "pieces", "symmetric", "sigmoid", "checkpointed", "again"])
+def test_sharded_training_ends_where_one_process_does(name, sharded):
+    one, (first, second) = found(sharded, f"sharded_{name}")
+    torch.testing.assert_close(first, second, rtol=0, atol=0, equal_nan=True)
+    assert list(first) == list(one)
+    close(first, one, 1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["finetune", "frozen"])
+def test_a_sharded_classifier_ends_where_one_process_does(mode, sharded):
+    (one, figures), two = found(sharded, f"sharded_{mode}")
+    assert two[0][1] == two[1][1] == pytest.approx(figures, rel=1e-4)
+    close(two[0][0], one, 1e-4)
+
+
+@pytest.mark.slow
+def test_sharded_steps_are_left_out_together_and_boundaries_stay_precise(sharded):
+    (skipped, _, types), two = found(sharded, "sharded_guard")
+    start = pairs.task().state_dict()
+    for rank in two:
+        assert rank[0] == skipped == 2 and rank[2] == types
+        for name, value in rank[1].items():
+            assert "calibration" in name or torch.equal(value, start[name]), name
+    assert {types[name] for name in types if "boundary" in name} == {"torch.float32"}
+    assert types["visual.trunk.blocks.0.attn.qkv.weight"] == "torch.bfloat16"
+
+
+@pytest.mark.slow
+def test_the_checkpoint_of_a_sharded_run_is_that_of_any_other(sharded):
+    one, two = (torch.load(sharded / f"sharded-{world}.ckpt", weights_only=True) for world in (1, 2))
+    assert set(one) == set(two)
+    for ours, theirs in zip(two["optimizer_states"], one["optimizer_states"], strict=True):
+        assert ours["param_groups"] == theirs["param_groups"]
+        for number, state in theirs["state"].items():
+            close(ours["state"][number], state, 1e-3)
+    assert one["lr_schedulers"] == two["lr_schedulers"]
+    again = pairs.Contrastive.load_from_checkpoint(sharded / "sharded-2.ckpt", weights_only=True)
+    torch.testing.assert_close(again.state_dict(), two["state_dict"], rtol=0, atol=0, equal_nan=True)
