@@ -25,7 +25,7 @@ PAGES |= {
     for path in REPOSITORY.glob("data/*/README.md")
 }
 _INCLUDED = re.compile(r"^<!-- from ([\w/]+\.md):(.*)-->$", re.MULTILINE)
-_LINK = re.compile(r"(?<!!)\[([^\]\n]+)\]\(([^)\s:#]+)(#[^)\s]*)?\)")
+_LINK = re.compile(r"\[([^\]\n]+)\]\(([^)\s:#]+)(#[^)\s]*)?\)")
 _CODE = re.compile(r"^ *```.*?^ *```$|`[^`\n]+`(?!\])", re.MULTILINE | re.DOTALL)
 
 
