@@ -21,7 +21,6 @@ from dtpvit.interop.weight_files import read_checkpoint, state_of
 __all__ = [
     "LoadedClip",
     "Tokenize",
-    "check_folder",
     "chosen_model",
     "difference",
     "is_classifier",
