@@ -108,9 +108,9 @@ def read_conversations(data: str, images: str | None = None) -> Conversations:
     skipped = list[Skipped]()
     found = Conversations(data, _all_usable(source, path.name, skipped), skipped)
     if not len(found):
-        such_as = f"; such as {' '.join(skipped[0].detail.split())[:200]}" if skipped else ""
+        such_as = f", such as {' '.join(skipped[0].detail.split())[:200]}" if skipped else ""
         raise UserError(
-            f"{data} has no record that can be used ({_causes(skipped) or 'it is empty'}{such_as}): "
+            f"{data} has no record that can be used ({_causes(skipped) or 'it is empty'}){such_as}: "
             "give conversations as LLaVA's, with their images; shards must be on this machine, and not compressed."
         )
     if skipped:

@@ -130,7 +130,7 @@ class ResumableLoader(Resumable, Generic[Raw, Sample]):
         self._stream.control.copy_(torch.tensor(control, dtype=torch.int64))
         self.examples = []
         for logical, used, batch, bad in started(self._loader):
-            self.examples += bad
+            self.examples += [(cause, where) for cause, where in bad]  # which a DataLoader hands over as lists
             if isinstance(batch, str):
                 # Now, for the garbage collector may close their queues first and then wait for them in vain.
                 self._stop_workers()

@@ -1,6 +1,7 @@
 """Rows of the JSON files that questions, answers and predictions come in."""
 
 import json
+import reprlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,8 +76,8 @@ def _numbered(rows: list[Any]) -> list[tuple[str, Any]]:
 
 
 def _brief(value: Any) -> str:
-    """The JSON of a value, unless it may be deeper than can be written."""
-    return f"a {type(value).__name__}" if isinstance(value, list) else json.dumps(value)[:40]
+    """The JSON of a value; of a list, which may be deeper than can be written, its beginning."""
+    return reprlib.repr(value) if isinstance(value, list) else json.dumps(value)[:40]
 
 
 def _parsed(path: str, text: str, line: int | None = None) -> Any:

@@ -81,7 +81,7 @@ def test_every_kind_of_bad_sample_is_named(tmp_path, capsys):
 def test_what_is_usable_is_what_training_uses(tmp_path):
     shard = write_tar(tmp_path / "a" / "00000.tar", {key: parts for key, parts in BAD.items() if key != "named"})
     recipe, used = ImageText(eval_transform(8), tokenize), []
-    for raw in recipe.read(shard, lambda cause: None):
+    for raw in recipe.read(shard, lambda cause, where: None):
         try:
             recipe.decode(raw, 0)
             used.append(raw.key.rpartition("/")[2])
