@@ -293,7 +293,7 @@ def test_a_limit_keeps_the_same_records_and_a_larger_one_these_too(tmp_path):
         ("[]", "no record that can be used \\(it is empty\\)"),
         (
             '[{"id": 1}, 2]',
-            "no record that can be used \\(unreadable record: 2; such as no list of conversations or messages\\)",
+            "no record that can be used \\(unreadable record: 2\\)",
         ),
         ("{}", "holds a dict where a list of conversations was expected"),
         ('{"a": 1}\n{"b": 2}', "is no JSON .* end its name in .jsonl"),

@@ -64,7 +64,7 @@ def sentence_of(data, stage="fit"):
 def same(first, second):
     return len(first) == len(second) and all(
         a.keys() == b.keys()
-        and a["key"] == b["key"]
+        and a.get("key") == b.get("key")
         and all(torch.equal(a[name], b[name]) for name in a if name != "key")
         for a, b in zip(first, second, strict=True)
     )
