@@ -68,7 +68,7 @@ def test_a_file_of_one_row_is_no_table_of_rows(write):
     [
         (['{"question_id": 1}', "", '{"question_id": 2'], "line 3: this is no JSON"),
         (['[{"question_id": 1},', '{"question_id": }]'], "line 2: this is no JSON"),
-        (['{"question_id": 1}', "[1, 2]"], r"line 2: found \\[1, 2\\]; expected a JSON object"),
+        (['{"question_id": 1}', "[1, 2]"], r"line 2: found \[1, 2\]; expected a JSON object"),
         (["", ""], "has no rows"),
         (["7"], "line 1: found 7"),
     ],
