@@ -87,7 +87,11 @@ class LossWatch(Callback):
         self._losses.append(outputs["loss"].detach() * trainer.accumulate_grad_batches)
         if len(self._losses) < max(_WINDOW, horizon // 5) * trainer.accumulate_grad_batches:
             return
-        losses = [loss for loss in torch.stack(self._losses).tolist() if math.isfinite(loss)]
+        losses = [
+            loss
+            for loss in torch.stack([loss.to(pl_module.device) for loss in self._losses]).tolist()
+            if math.isfinite(loss)
+        ]
         self._losses = []
         if len(losses) > 1:
             rate = max(group["lr"] for group in trainer.optimizers[0].param_groups)
@@ -120,16 +124,18 @@ class LossWatch(Callback):
         if self.said and trainer.is_global_zero:
             logger.warning("mind what was said during training: %s", self.said)
 
-    def state_dict(self) -> dict[str, Any]:
-        """In plain Python, for a run that goes on."""
-        return {
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keep what was seen, for a run that goes on; of a callback's own state Lightning would miss the callback in
+        `dtpvit validate`."""
+        checkpoint["loss_watch"] = {
             "windows": [list(window) for window in self.windows],
             "losses": [float(loss) for loss in self._losses],
             "said": self.said,
         }
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Go on."""
-        self.windows = [Window(*window) for window in state_dict["windows"]]
-        self._losses = [torch.tensor(loss) for loss in state_dict["losses"]]
-        self.said = state_dict["said"]
+        seen = checkpoint.get("loss_watch", {"windows": [], "losses": [], "said": ""})
+        self.windows = [Window(*window) for window in seen["windows"]]
+        self._losses = [torch.tensor(loss) for loss in seen["losses"]]
+        self.said = seen["said"]

@@ -42,5 +42,5 @@ def test_a_small_classifier_is_told_when_and_only_when_it_learns_too_fast(factor
         labelled.fit(task, max_epochs=84, limit_val_batches=0, callbacks=[watch, stop])
     assert bool(watch.said) == tells and ("the learning rate is too high: the loss fell to" in caplog.text) == tells
     again = LossWatch()
-    again.load_state_dict(watch.state_dict())
+    again.on_load_checkpoint(None, task, torch.load(tmp_path / "a.ckpt", weights_only=True))
     assert (again.windows, again.said) == (watch.windows, watch.said) and len(watch.windows) == 6
