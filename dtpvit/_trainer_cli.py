@@ -186,8 +186,7 @@ class TrainerCLI(LightningCLI):
         measured = any(isinstance(callback, EfficiencyMonitor) for callback in callbacks)
         if self._get(self.config, "efficiency") and self._command == "fit" and not (measured or given.fast_dev_run):
             callbacks.append(EfficiencyMonitor())
-        # In evaluation too, where it does nothing: Lightning warns of a checkpoint whose callbacks are not there.
-        if self._command != "tune" and not any(isinstance(callback, LossWatch) for callback in callbacks):
+        if self._command == "fit" and not any(isinstance(callback, LossWatch) for callback in callbacks):
             callbacks.append(LossWatch())
         if isinstance(seed := self._get(self.config, "seed_everything"), int):
             callbacks.append(StepSeed(seed))
