@@ -22,6 +22,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.plugins import Precision, TorchCheckpointIO
 
 from dtpvit import __version__
+from dtpvit._launcher import started_processes, was_restarted
 from dtpvit._run_folder import LineProgress, RunCheckpoint, RunLogger, SaveRun, StepSeed
 from dtpvit._shorthands import naming_file
 from dtpvit.errors import UserError
@@ -116,13 +117,16 @@ class TrainerCLI(LightningCLI):
         config = self.config[self._command]
         config.name = config.name or naming_file([str(path) for path in config.get("config") or []]).stem
         self.folder = Path(config.trainer.default_root_dir or Path("runs") / config.name)
+        if (started := started_processes()) is not None:
+            config.trainer.devices = started[0] if config.trainer.devices == "auto" else config.trainer.devices
+            config.trainer.num_nodes = started[1] if config.trainer.num_nodes == 1 else config.trainer.num_nodes
         config.checkpoint.dirpath = config.checkpoint.dirpath or str(self.folder / "checkpoints")
         plugin = _precision_plugin(config.trainer.plugins)
         if plugin is None:
             config.trainer.precision = config.trainer.precision or default_precision(config.trainer.accelerator)
         if config.get("weights_only") is None and "weights_only" in config:
             config.weights_only = True
-        if self._command == "fit" and config.get("ckpt_path") is None and _was_restarted():
+        if self._command == "fit" and config.get("ckpt_path") is None and was_restarted():
             config.ckpt_path = "last"  # SLURM and torchrun repeat the command that began the run
         self._checkpoint = self._find_checkpoint(config.get("ckpt_path"), Path(config.checkpoint.dirpath))
         if config.get("ckpt_path") == "last" and self._checkpoint is None:
@@ -233,11 +237,6 @@ class TrainerCLI(LightningCLI):
         path = getattr(callback, "last_model_path", "") or getattr(callback, "best_model_path", "")
         if path and Path(path).exists() and rank_zero_only.rank == 0:
             print(f"dtpvit: wrote {os.path.relpath(path)}", file=sys.stderr)
-
-
-def _was_restarted() -> bool:
-    """Whether SLURM has requeued this job, or torchrun has started its processes anew."""
-    return any(os.environ.get(f"{by}_RESTART_COUNT", "0") != "0" for by in ("SLURM", "TORCHELASTIC"))
 
 
 def _is_lightnings(path: str) -> bool:

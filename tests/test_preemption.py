@@ -108,6 +108,20 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(
     check_same("stopped", "whole", 12 if "accumulate" in "".join(more) else 24)
 
 
+@pytest.mark.parametrize("more", [[], ["--trainer.check_val_every_n_epoch=2"]], ids=["", "seldom_validated"])
+def test_a_run_may_be_stopped_again_and_again(more: list[str], project: Path) -> None:
+    """Twice in a row at the same place, at the ends of epochs, and in the step after such an end."""
+    stops = [(3, "step"), (8, "step"), (8, "validation"), (9, "step"), (16, "step"), (16, "validation"), (17, "step")]
+    for step, within in stops:
+        if more and (step, within) == (8, "validation"):
+            continue
+        assert fit("stopped", "--ckpt_path=last", *more, callbacks=[told(at_step=step, within=within)]) == 143
+        assert checkpoint("stopped")["global_step"] == step
+    assert fit("stopped", "--ckpt_path=last", *more) == 0
+    assert fit("whole", *more) == 0
+    check_same("stopped", "whole")
+
+
 def test_what_is_over_when_the_signal_comes_is_done(project: Path) -> None:
     """Nothing follows the last step, so that the run ends as it would have."""
     assert fit("whole", "--trainer.limit_val_batches=0", callbacks=[told(at_step=24)]) == 0
