@@ -4,7 +4,8 @@
 #   sbatch configs/launch/slurm.sh configs/cc12m_10x.yaml [options of dtpvit fit]
 #
 # Before the time limit SLURM sends SIGUSR1: the run ends after its step, writes last.ckpt and requeues its job, which
-# starts this script again. docs/launch.md says what else may end a job. Adapt what stands between the lines.
+# starts this script again. Checkpoints of each 1,000 steps are for what comes without warning (docs/launch.md).
+# Adapt what stands between the lines.
 # ---------------------------------------------------------------------------------------------------------------------
 #SBATCH --job-name=dtpvit
 #SBATCH --nodes=2

@@ -39,7 +39,7 @@ class FullySharded(ModelParallelStrategy):
         timeout: Of collectives.
 
     Raises:
-        UserError: When the run starts, if the task, the precision or a callback does not work with it.
+        UserError: When the run starts, if the task or a callback does not work with it.
     """
 
     def __init__(
@@ -132,8 +132,6 @@ def _checked(task: LightningModule, trainer: Trainer) -> Contrastive | Classific
             f"only Contrastive and Classification with a Vision Transformer can be sharded, and this is "
             f"{type(task).__name__}; leave configs/launch/fsdp.yaml out, or take configs/launch/ddp.yaml"
         )
-    if trainer.precision == "16-mixed":
-        raise UserError("sharded gradients cannot be scaled as 16-mixed does; give --precision bf16-mixed or 32-true")
     if any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks):  # pyright: ignore
         raise UserError(
             "no average of sharded weights is kept; leave WeightAverage out, or take configs/launch/ddp.yaml"
