@@ -2,14 +2,9 @@
 
 import csv
 import hashlib
-import json
 import os
-import shlex
-import subprocess
 import sys
 import time
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +17,14 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.trainer.states import TrainerFn
 
-from dtpvit.evaluation.measuring import machine, versions
-from dtpvit.output_file import PARTIAL, write_json
+from dtpvit._run_start import record_start
+from dtpvit.evaluation.run_record import FILES
+from dtpvit.output_file import PARTIAL
 from dtpvit.tasks.checkpoint_file import remove_partial
 
 __all__ = ["LineProgress", "RunCheckpoint", "RunLogger", "SaveRun", "StepSeed", "set_aside"]
 
-RECORDS = (
-    "checkpoints",
-    "metrics.csv",
-    "config.yaml",
-    "hparams.yaml",
-    "efficiency.csv",
-    "skipped.jsonl",
-    "pictures",
-    "versions.json",
-)
+RECORDS = (*FILES, "hparams.yaml")
 """What a run writes into its folder, and ``nonfinite-rank*.jsonl``; anything else in there is left alone."""
 
 
@@ -102,51 +89,16 @@ class SaveRun(SaveConfigCallback):
             moved = set_aside(self.folder) if self.fresh else None
             if moved is not None:
                 print(f"dtpvit: moved the earlier run of that name to {moved}", file=sys.stderr)
-            _record_start(trainer, self.folder / "versions.json")
+            record_start(trainer, self.folder / "versions.json")
         super().setup(trainer, pl_module, "fit")
-
-
-def _record_start(trainer: Trainer, path: Path) -> None:
-    """Add one entry a start to ``versions.json``: a continued run may go on elsewhere, with other versions."""
-    try:
-        earlier = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        earlier = []
-    start = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(["dtpvit", *sys.argv[1:]]),
-        "versions": {**versions(), "lightning": version("lightning")},
-        "device": machine(trainer.strategy.root_device),
-        "processes": trainer.world_size,
-        "commit": _commit(),
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, [*(earlier if isinstance(earlier, list) else []), start])
-
-
-def _commit() -> str | None:
-    """The commit of this code or, where it is installed, of the project in the working folder; None if there is none.
-
-    With ``-dirty`` where files differ from it.
-    """
-    for folder, tracked in ((Path(__file__).parent, Path(__file__).name), (Path.cwd(), ".")):
-        asked = ["git", "-C", str(folder)]
-        try:
-            subprocess.run(
-                [*asked, "ls-files", "--error-unmatch", tracked], check=True, capture_output=True, timeout=10
-            )
-            described = [*asked, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-            return subprocess.run(described, check=True, capture_output=True, timeout=30, text=True).stdout.strip()
-        except (OSError, subprocess.SubprocessError):
-            continue
-    return None
 
 
 def set_aside(folder: Path) -> Path | None:
     """Move a run's records to ``<folder>/earlier/<n>`` and return that; None if no run got anywhere."""
     found = [folder / name for name in RECORDS if (folder / name).exists()]
     found += sorted(folder.glob("nonfinite-rank*.jsonl"))
-    if not any((folder / name).exists() for name in RECORDS[:2]):  # the rest is there before the first step
+    # The rest is there before the first step.
+    if not any((folder / name).exists() for name in ("checkpoints", "metrics.csv")):
         return None
     number = 1 + max((int(path.name) for path in folder.glob("earlier/*") if path.name.isdecimal()), default=0)
     target = folder / "earlier" / str(number)

@@ -9,14 +9,14 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from dtpvit import __version__
 from dtpvit._commands import COMMANDS
 from dtpvit._shorthands import SHORTHANDS, expand_shorthands, missing_file, options
-from dtpvit.errors import UserError
+from dtpvit.errors import UserError, chain
 
 __all__ = ["COMMANDS", "explain", "main"]
 
@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except SystemExit as stop:
-        if any(isinstance(error, KeyboardInterrupt) for error in _chain(stop)):
+        if any(isinstance(error, KeyboardInterrupt) for error in chain(stop)):
             return 130  # Lightning turns Ctrl-C into exit(1) once it has shut down
         if type(stop).__name__ == "SIGTERMException":  # Lightning's; without a code where it comes from Lightning
             return 143 if stop.code is None else int(stop.code)
@@ -245,12 +245,12 @@ def _check_text(path: Path) -> None:
 
 def explain(error: BaseException) -> str | None:
     """The sentence for the user behind ``error``, wherever it was raised; None if no mistake of theirs."""
-    chain = list(_chain(error))
-    for link in chain:
+    links = list(chain(error))
+    for link in links:
         # A worker process hands over its traceback as text.
         if told := re.findall(r"^dtpvit\.errors\.UserError: (.+)$", str(link), re.MULTILINE):
             return told[-1].strip()
-    for link in chain:
+    for link in links:
         if isinstance(link, UserError):
             return _one_line(str(link))
     if type(error).__name__ == "MisconfigurationException":  # Lightning's own word for a mistake of its user
@@ -272,16 +272,6 @@ _REPORT_ON_TYPES = (
     r"[\s-]*(Does not validate against any of the Union|Subtypes:|Errors:|Given value|"
     r"Expected a <class 'NoneType'>|Expected a path but)"
 )
-
-
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    """``error`` and what it was raised from, newest first."""
-    seen = set[int]()
-    link: BaseException | None = error
-    while link is not None and id(link) not in seen:
-        seen.add(id(link))
-        yield link
-        link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
 
 
 def _one_line(text: str) -> str:

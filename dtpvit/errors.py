@@ -1,6 +1,8 @@
-"""The one exception whose message is meant for the person at the keyboard."""
+"""The one exception whose message is meant for the person at the keyboard, and what an exception was raised from."""
 
-__all__ = ["UserError"]
+from collections.abc import Iterator
+
+__all__ = ["UserError", "chain"]
 
 
 class UserError(ValueError):
@@ -9,3 +11,13 @@ class UserError(ValueError):
     The message is one sentence that names what was found, what was expected and what to do.
     The command line prints it without a traceback and exits with code 2.
     """
+
+
+def chain(error: BaseException) -> Iterator[BaseException]:
+    """``error`` and what it was raised from, newest first."""
+    seen = set[int]()
+    link: BaseException | None = error
+    while link is not None and id(link) not in seen:
+        seen.add(id(link))
+        yield link
+        link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)

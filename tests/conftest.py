@@ -1,10 +1,12 @@
 """What every test starts from: one thread, a fixed seed, and the real data if they are at hand."""
 
 import random
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 # The tests' tensors are small: more threads, in each of several test processes, only wait for each other.
 torch.set_num_threads(1)
@@ -36,3 +38,18 @@ def colour_assistant(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("colour_assistant")
     make_colour_assistant(folder)
     return folder
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with a config of 3 epochs of 8 steps, and its data, see ``cli_example.py``."""
+    config = {
+        "trainer": {"max_epochs": 3, "accelerator": "cpu", "log_every_n_steps": 1},
+        "model": {"class_path": "cli_example.Line"},
+        "data": {"class_path": "cli_example.PointsData"},
+    }
+    (tmp_path / "line.yaml").write_text(yaml.safe_dump(config))
+    (tmp_path / "points.txt").write_text("32")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    return tmp_path

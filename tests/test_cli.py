@@ -19,24 +19,15 @@ from dtpvit.cli import COMMANDS, explain, main
 from dtpvit.errors import UserError
 
 TESTS = Path(__file__).parent
-CONFIG = {
-    "trainer": {"max_epochs": 3, "accelerator": "cpu", "log_every_n_steps": 1},
-    "model": {"class_path": "cli_example.Line"},
-    "data": {"class_path": "cli_example.PointsData"},
-}
 
 
 @pytest.fixture
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder with a config of 3 epochs of 8 steps, and its data."""
-    (tmp_path / "line.yaml").write_text(yaml.safe_dump(CONFIG))
-    (tmp_path / "points.txt").write_text("32")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])
+def project(project: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of the line, with the environment as it was before a command."""
     for name in ("COLUMNS", "OMP_WAIT_POLICY", "TQDM_MININTERVAL"):  # the command sets them for its process
         monkeypatch.setenv(name, os.environ.get(name, "30"))
         monkeypatch.delenv(name)
-    return tmp_path
+    return project
 
 
 def fit(*more: str) -> int:

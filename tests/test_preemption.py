@@ -17,11 +17,6 @@ from lightning.pytorch import Callback, Trainer
 from dtpvit.cli import main
 
 TESTS = Path(__file__).parent
-CONFIG = {
-    "trainer": {"max_epochs": 3, "accelerator": "cpu", "log_every_n_steps": 1},
-    "model": {"class_path": "cli_example.Line"},
-    "data": {"class_path": "cli_example.PointsData"},
-}
 AVERAGE = {"class_path": "dtpvit.tasks.weight_average.WeightAverage", "init_args": {"decay": 0.5}}
 
 
@@ -38,16 +33,6 @@ class Told(Callback):
     def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:
         if self.within == "validation" and trainer.global_step == self.at_step:
             os.kill(os.getpid(), self.by)
-
-
-@pytest.fixture
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder with a config of 3 epochs of 8 steps, and its data; SIGTERM ends no test."""
-    (tmp_path / "line.yaml").write_text(yaml.safe_dump(CONFIG))
-    (tmp_path / "points.txt").write_text("32")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    return tmp_path
 
 
 def fit(name: str, *more: str, callbacks: list[Any] | None = None) -> int:

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from dtpvit.datamodules.bad_share import Seen
 from dtpvit.datamodules.resumable import Resumable, steps_per_epoch
 from dtpvit.datamodules.samples import CAUSES
-from dtpvit.datamodules.shards import shard_counts
+from dtpvit.datamodules.shards import shard_counts, sum_counts
 from dtpvit.datamodules.stream import Recipe, ShardStream
 from dtpvit.datamodules.worker_signals import obey_parent_alone, started
 from dtpvit.errors import UserError
@@ -67,7 +67,7 @@ class ResumableLoader(Resumable, Generic[Raw, Sample]):
         self.batch_size, self.max_skipped = batch_size, max_skipped
         self.examples: list[tuple[str, str]] = []
         counts = shard_counts(shards)
-        self.num_samples = _sum(counts) if num_samples is None else num_samples
+        self.num_samples = sum_counts(counts) if num_samples is None else num_samples
         self.steps = _steps(self.num_samples, len(shards), batch_size, world_size) if train else None
         self._consumers = max(1, num_workers)
         self._stream = ShardStream(
@@ -186,11 +186,6 @@ class ResumableLoader(Resumable, Generic[Raw, Sample]):
             "shuffle_buffer": stream.shuffle_buffer,
             "seed": stream.seed,
         }
-
-
-def _sum(counts: Sequence[int | None]) -> int | None:
-    known = [count for count in counts if count is not None]
-    return sum(known) if len(known) == len(counts) else None
 
 
 def _steps(num_samples: int | None, num_shards: int, batch_size: int, world_size: int) -> int:

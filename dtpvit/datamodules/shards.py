@@ -20,6 +20,7 @@ __all__ = [
     "shard_counts",
     "shard_stats",
     "shard_stem",
+    "sum_counts",
 ]
 
 _ENDINGS = (".tar", ".tar.gz", ".tgz")
@@ -100,12 +101,13 @@ def shard_stem(shard: str) -> str:
 
 def count_samples(shards: Sequence[str]) -> int | None:
     """Samples of all shards together, or None if even one of them has no ``_stats.json``."""
-    total = 0
-    for count in shard_counts(shards):
-        if count is None:
-            return None
-        total += count
-    return total
+    return sum_counts(shard_counts(shards))
+
+
+def sum_counts(counts: Sequence[int | None]) -> int | None:
+    """Their sum, or None if even one is not known."""
+    known = [count for count in counts if count is not None]
+    return sum(known) if len(known) == len(counts) else None
 
 
 def is_local(shard: str) -> bool:

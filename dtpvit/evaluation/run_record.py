@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -15,6 +14,7 @@ import yaml
 
 from dtpvit.errors import UserError
 from dtpvit.interop.weight_files import read_checkpoint
+from dtpvit.json_input import parse_json
 
 __all__ = ["RunRecord", "read_runs"]
 
@@ -193,14 +193,14 @@ def _number(text: object) -> float:
 
 
 def _starts(path: Path) -> list[dict[str, Any]]:
-    found = json.loads(path.read_text(encoding="utf-8"))
+    found = parse_json(path.read_bytes())
     if not isinstance(found, list) or not all(isinstance(start, dict) for start in found):
         raise ValueError("expected a list of starts")
     return found
 
 
 def _skipped(path: Path) -> dict[str, int]:
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+    rows = [parse_json(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
     causes = Counter(str(row.get("cause")) if isinstance(row, dict) else "unknown" for row in rows)
     return dict(sorted(causes.items()))
 

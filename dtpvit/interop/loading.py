@@ -17,16 +17,9 @@ from dtpvit.interop.checkpoint_format import FORMAT_KEY, check_format
 from dtpvit.interop.create import build_clip
 from dtpvit.interop.model_config import NAMES, PATTERN, from_open_clip, model_config
 from dtpvit.interop.weight_files import read_checkpoint, state_of
+from dtpvit.json_input import parse_json
 
-__all__ = [
-    "LoadedClip",
-    "Tokenize",
-    "chosen_model",
-    "difference",
-    "is_classifier",
-    "load_clip",
-    "load_state",
-]
+__all__ = ["LoadedClip", "Tokenize", "chosen_model", "difference", "is_classifier", "load_clip", "load_state"]
 
 
 class Tokenize:
@@ -188,7 +181,7 @@ def _check_folder(folder: Path) -> None:
     """
     config = folder / "open_clip_config.json"
     try:
-        described = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+        described = parse_json(config.read_bytes()) if config.is_file() else {}
     except ValueError as error:
         raise UserError(f"{config} is damaged ({error}); export the checkpoint anew") from error
     check_format(described.get(FORMAT_KEY), config)

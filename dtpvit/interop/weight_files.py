@@ -14,7 +14,7 @@ from dtpvit.errors import UserError
 from dtpvit.interop.checkpoint_format import FORMAT, FORMAT_KEY, migrate
 from dtpvit.output_file import written_beside
 
-__all__ = ["damage", "read_checkpoint", "state_of", "write_safetensors"]
+__all__ = ["damage", "read_checkpoint", "state_of", "up_to_date", "write_safetensors"]
 
 _PREFIXES = ("module.", "_orig_mod.", "model.")
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from dtpvit.errors import UserError
+from dtpvit.errors import UserError, chain
 from dtpvit.interop.weight_files import damage, read_checkpoint
 from dtpvit.output_file import PARTIAL, written_beside
 
@@ -39,7 +39,7 @@ class CheckpointFiles(TorchCheckpointIO):
             with written_beside(target) as partial, partial.open("wb") as file:
                 torch.save(checkpoint, file)
         except (OSError, RuntimeError) as error:  # torch's writer raises its own error on top of the file's
-            cause = next((link for link in _chain(error) if isinstance(link, OSError)), None)
+            cause = next((link for link in chain(error) if isinstance(link, OSError)), None)
             if cause is None:
                 raise
             raise UserError(
@@ -80,9 +80,3 @@ def _last_good(target: Path) -> str:
     step = read_checkpoint(good, mmap=True).get("global_step")
     at = "" if step is None else f" (step {step})"
     return f"the last good one is {good}{at}; make room and go on with --ckpt_path last"
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
