@@ -157,25 +157,43 @@ def test_training_under_every_fault_at_once_gives_the_very_same_batches(tmp_path
 # ------------------------------------------------------------------ object stores
 
 
-@pytest.fixture(scope="module")
-def bucket():
-    """The address of an S3 that runs here, where the packages for it are installed."""
+@pytest.fixture
+def s3(monkeypatch):
+    """An S3 that runs here, where the packages for it are installed, with a bucket "shards"."""
     pytest.importorskip("s3fs", reason="needs s3fs and moto[server]")
     server = pytest.importorskip("moto.server", reason="needs s3fs and moto[server]").ThreadedMotoServer(port=0)
     server.start()
     host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
-
-
-def test_s3_is_read_like_a_file_and_trained_on(bucket, tmp_path, monkeypatch):
-    for name, value in (("ACCESS_KEY_ID", "a"), ("SECRET_ACCESS_KEY", "b"), ("ENDPOINT_URL", bucket)):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    for name, value in (("ACCESS_KEY_ID", "a"), ("SECRET_ACCESS_KEY", "b"), ("DEFAULT_REGION", "us-east-1")):
         monkeypatch.setenv(f"AWS_{name}", value)
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     import s3fs
 
     system = s3fs.S3FileSystem()
     system.mkdir("shards")
+    yield system
+    server.stop()
+
+
+@pytest.fixture
+def gs(monkeypatch):
+    """A Google Cloud Storage that runs here, likewise."""
+    monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # asks Google itself over gRPC
+    gcsfs = pytest.importorskip("gcsfs", reason="needs gcsfs and gcp-storage-emulator")
+    emulator = pytest.importorskip("gcp_storage_emulator.server", reason="needs gcsfs and gcp-storage-emulator")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = emulator.create_server("127.0.0.1", port, in_memory=True, default_bucket="shards")
+    server.start()
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
+    yield gcsfs.GCSFileSystem(token="anon")
+    server.stop()
+
+
+@pytest.mark.parametrize("store", ["s3", "gs"])
+def test_an_object_store_is_read_like_a_file_and_trained_on(store, request, tmp_path):
+    system = request.getfixturevalue(store)
     local = write_shards(tmp_path / "shards", [9, 8])
     for path in local:
         system.put(path, f"shards/{Path(path).name}")
@@ -184,7 +202,7 @@ def test_s3_is_read_like_a_file_and_trained_on(bucket, tmp_path, monkeypatch):
     def loader(shards):
         return ResumableLoader(shards, recipe, batch_size=5, num_samples=15, shuffle_buffer=5)
 
-    assert numbers(loader(["s3://shards/00000.tar", "s3://shards/00001.tar"])) == numbers(loader(local))
+    assert numbers(loader([f"{store}://shards/00000.tar", f"{store}://shards/00001.tar"])) == numbers(loader(local))
     causes = []
-    assert list(read_samples("s3://shards/gone.tar", lambda cause, where: causes.append(cause))) == []
+    assert list(read_samples(f"{store}://shards/gone.tar", lambda cause, where: causes.append(cause))) == []
     assert causes == ["unreadable shard"]
