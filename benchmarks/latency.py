@@ -33,10 +33,9 @@ CALIBRATED_ON = 64  # images
 _WHAT = """\
 Milliseconds an image, medians over {rounds} rounds in which every cell of a table runs in turn, each on the same
 {images} images; in brackets how many times faster than the dense model on the same platform, the median of the ratios
-within a round. Other work ran on the machine at the same time: the ratios hold better than the times. fp32, weights
-random. Dynamic: the threshold was set so that {calibrated} images keep the nominal share, so an image has more tokens
-or fewer. Fixed: every image has the nominal number. Each compiled or exported model was compared with PyTorch on the
-same images first; the largest difference was {difference:.0e}.
+within a round. fp32, weights random. Dynamic: the threshold was set so that {calibrated} images keep the nominal
+share, so an image has more tokens or fewer. Fixed: every image has the nominal number. Each compiled or exported model
+was compared with PyTorch on the same images first; the largest difference was {difference:.0e}.
 """
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.pages import Page
@@ -20,6 +21,11 @@ def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
     for found in loaded(output):
         logger.warning("%s would load %s over the network; keep a copy in docs/", page.file.src_uri, found)
     return output
+
+
+def on_post_build(config: MkDocsConfig) -> None:
+    """Without the theme's page for what is not found: its addresses hold at the root of a server alone."""
+    Path(config.site_dir, "404.html").unlink(missing_ok=True)
 
 
 def loaded(html: str) -> list[str]:
