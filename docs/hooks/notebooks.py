@@ -9,6 +9,7 @@ import nbformat
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from nbconvert import MarkdownExporter
+from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 
@@ -26,7 +27,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def page(path: Path) -> tuple[str, dict[str, bytes]]:
     """Markdown of a notebook, and the pictures that it shows, by name."""
     notebook = nbformat.read(path, as_version=4)
-    text, resources = MarkdownExporter().from_notebook_node(
+    exporter = MarkdownExporter(preprocessors=[CoalesceStreamsPreprocessor])  # a line of output for each line printed
+    text, resources = exporter.from_notebook_node(
         notebook, {"output_files_dir": f"{path.stem}_files", "unique_key": path.stem}
     )
     # Behind the title: where the notebook is, since its page can only be read.
