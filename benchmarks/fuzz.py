@@ -147,14 +147,14 @@ def _table(found: dict[str, Found]) -> str:
         rest = sum(list(refused.values())[6:])
         rows.append([
             name, f"{one.outcomes.total():,}", f"{one.outcomes['accepted']:,}", f"{sum(refused.values()):,}",
-            causes + (f", others {rest:,}" if rest else ""), len(one.faults), f"{one.slowest:.2f}", one.peak >> 20,
+            len(one.faults), f"{one.slowest:.2f}", one.peak >> 20, causes + (f", others {rest:,}" if rest else ""),
         ])  # fmt: skip
     total = sum(one.outcomes.total() for one in found.values())
     faults = sum(len(one.faults) for one in found.values())
     rows.append(
-        ["all", f"{total:,}", f"{sum(one.outcomes['accepted'] for one in found.values()):,}", "", "", faults, "", ""]
+        ["all", f"{total:,}", f"{sum(one.outcomes['accepted'] for one in found.values()):,}", "", faults, "", "", ""]
     )
-    header = ["target", "inputs", "accepted", "refused", "causes", "faults", "slowest, CPU s", "peak memory, MiB more"]
+    header = ["target", "inputs", "accepted", "refused", "faults", "slowest, CPU s", "peak memory, MiB more", "causes"]
     return table(header, rows)
 
 

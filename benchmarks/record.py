@@ -24,8 +24,10 @@ def heading(title: str, device: torch.device) -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A Markdown table, numbers to the right."""
-    lines = ["| " + " | ".join(header) + " |", "|" + "|".join(["---"] + ["---:"] * (len(header) - 1)) + "|"]
+    """A Markdown table; all columns but the first to the right, for numbers, except those of more than three words."""
+    wordy = [any(len(str(row[column]).split()) > 3 for row in rows) for column in range(len(header))]
+    bars = ["---" if left else "---:" for left in [True, *wordy[1:]]]
+    lines = ["| " + " | ".join(header) + " |", "|" + "|".join(bars) + "|"]
     return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows]) + "\n"
 
 

@@ -40,6 +40,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Put in sections of other files, and lead links to pages."""
     own = page.file.src_uri
+    if own.startswith("results/"):
+        page.meta.setdefault("hide", ["toc"])  # tables need the width
     markdown = linked(markdown, f"docs/{own}", own) if page.file.generated_by is None else markdown
     markdown = _INCLUDED.sub(lambda found: linked(section(found[1], found[2].strip()), found[1], own), markdown)
     # GitHub needs a | in a table's code escaped; Python-Markdown would show the backslash.

@@ -1,4 +1,7 @@
-"""A page that would load anything over the network is an error: the site is read from a disk, and tells nobody."""
+"""A page that would load anything over the network is an error: the site is read from a disk, and tells nobody.
+
+So is a table that Markdown took for text, as it does where no empty line stands before it.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +12,20 @@ from pathlib import Path
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.pages import Page
 
-logger = logging.getLogger("mkdocs.hooks.no_network")
+logger = logging.getLogger("mkdocs.hooks.finished_pages")
 _LOADED = re.compile(
     r"""<(?:script|img|iframe|source|video|audio|embed)\b[^>]*\bsrc=["']?((?:https?:)?//[^"'\s>]+)"""
     r"""|<link\b(?=[^>]*rel=["']?(?:stylesheet|preload|preconnect|icon|prefetch|modulepreload))[^>]*href=["']?((?:https?:)?//[^"'\s>]+)"""
 )
 
 
+_CODE = re.compile(r"<(pre|code)\b.*?</\1>", re.DOTALL)
+
+
 def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
-    """Warn, which is an error under ``strict``, of addresses that a browser would fetch by itself."""
+    """Warn, an error under ``strict``, of such tables and of addresses that a browser would fetch by itself."""
+    if "|---" in _CODE.sub("", output):
+        logger.warning("%s has a table without an empty line before it", page.file.src_uri)
     for found in loaded(output):
         logger.warning("%s would load %s over the network; keep a copy in docs/", page.file.src_uri, found)
     return output
