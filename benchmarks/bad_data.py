@@ -3,8 +3,8 @@
     python -m benchmarks.bad_data --data data/flickr8k/shards --out docs/results/bad_data.md
 
 Every tenth sample of a copy of the shards is spoilt, in ways that take turns; the last shard is cut off in its middle,
-and shards of no bytes, of no samples and of HTML are put beside it. Then the loader reads all once, with worker
-processes, and each sample that it gives is known by its seed.
+and shards of no bytes, of no samples, of zeros and of HTML are put beside it. Then the loader reads all once, with
+worker processes, and each sample that it gives is known by its seed.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
         good, bad, rows = _spoil(expand_shards(options.data), folder)
         given, counted = _read(folder, options.workers)
     lost, wrong = good - given, given - good
-    rows += [("shard of no bytes, shard of HTML, shard cut off in its middle", 3, "their samples before the damage")]
+    rows += [("shard of no bytes, of HTML, of zeros, cut off in its middle", 4, "their samples before the damage")]
     rows += [("shard without samples", 1, "nothing in it")]
     table_ = table(["put in", "times", "must become"], rows)
     text = (
@@ -149,9 +149,9 @@ def _spoil(shards: list[str], folder: Path) -> tuple[set[int], Counter[str], lis
         if end < len(samples):
             with target.open("r+b") as file:
                 file.truncate(cut)
-    for name, content in (("a", b""), ("b", b"<!DOCTYPE html>" * 99), ("c", bytes(10_240))):
+    for name, content in (("a", b""), ("b", b"<!DOCTYPE html>" * 99), ("c", bytes(10_240)), ("d", bytes(1 << 20))):
         (folder / f"{name}.tar").write_bytes(content)
-    bad["unreadable shard"] = 3
+    bad["unreadable shard"] = 4
     return good, bad, [(name, times[name], cause or "a pair") for name, _, cause in kinds]
 
 

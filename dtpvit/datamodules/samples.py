@@ -50,6 +50,8 @@ IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp")
 
 _MAX_PIXELS = 89_478_485  # 256 MiB of RGB, where PIL too starts to suspect a decompression bomb
 _MOST_SCANS = 100  # of a progressive JPEG, which has about ten; each costs the time of a whole decoding
+_MOST_SEGMENTS = 10_000  # of a JPEG, which has tens; a profile of colours in pieces has 255
+_SEGMENT = re.compile(rb"\xff[\x02-\xcf\xd8-\xfe]")  # no stuffed byte, restart or filling
 _LONGEST_CAPTION = 10_000  # characters, several times what a text tower reads
 _LONG_WORD = re.compile(r"(\S{1000})\S+")  # pairing the bytes of such a one takes seconds, then minutes
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
@@ -197,12 +199,27 @@ def decode_pixels(data: bytes, min_side: int) -> Tensor:
 
 def _open(data: bytes) -> Image.Image:
     """Only the header is read."""
-    if data.count(b"\xff\xda") > _MOST_SCANS and data.startswith(b"\xff\xd8"):
+    if data.count(b"\xff\xda") > _MOST_SCANS and data.startswith(b"\xff\xd8") and _has_many_scans(data):
         raise SkippedSample("broken image")
     image = Image.open(io.BytesIO(data), formats=_FORMATS)
     if image.width * image.height > _MAX_PIXELS:
         raise SkippedSample("oversized image")
     return image
+
+
+def _has_many_scans(data: bytes) -> bool:
+    """Whether a JPEG has too many scans up to its end; cameras append videos, in which anything may stand."""
+    position = 2
+    scans = 0
+    for _ in range(_MOST_SEGMENTS):
+        found = _SEGMENT.search(data, position)
+        if found is None or found[0] == b"\xff\xd9":
+            return False
+        scans += found[0] == b"\xff\xda"
+        if scans > _MOST_SCANS:
+            return True
+        position = found.end() + int.from_bytes(data[found.end() : found.end() + 2], "big")
+    return True
 
 
 def _decode(image: Image.Image, upright: bool = True) -> Image.Image:

@@ -6,6 +6,7 @@ logical worker's stream what it had used, before decoding, and physical worker `
 ``(i + position) % workers``, for a DataLoader always asks its worker 0 first.
 """
 
+import logging
 from collections.abc import Iterator, Mapping
 from itertools import count, islice
 from random import Random
@@ -23,6 +24,7 @@ __all__ = ["Recipe", "ShardStream", "shard_groups"]
 Raw = TypeVar("Raw")
 Sample = TypeVar("Sample")
 _FOUND, _LOST, _TRIED, _USABLE = range(len(Seen._fields))
+_logger = logging.getLogger(__name__)
 
 
 class Recipe(Protocol[Raw, Sample]):
@@ -165,10 +167,11 @@ class ShardStream(IterableDataset[tuple[int, int, Any, list[tuple[str, str]]]], 
         return group, groups, member, consumers // groups
 
     def _read(self, shard: str, counts: bool) -> Iterator[Raw]:
-        passed = 0
+        passed, whole = 0, True
 
         def skip(cause: str, where: str) -> None:
-            nonlocal passed
+            nonlocal passed, whole
+            whole = whole and cause != "unreadable shard"
             if counts:
                 self._skip(cause, where)
                 missing = self.sizes.get(shard, 0) - passed if cause == "unreadable shard" else 1
@@ -178,6 +181,10 @@ class ShardStream(IterableDataset[tuple[int, int, Any, list[tuple[str, str]]]], 
         for raw in self.recipe.read(shard, skip):
             passed += 1
             yield raw
+        if whole and passed < (promised := self.sizes.get(shard, 0)):
+            where = f"{shard}: {passed:,} samples, {promised:,} by its _stats.json or sizes.json"
+            _logger.warning("A shard is short: %s", where)
+            skip("unreadable shard", where)
 
     def _found(self, raws: Iterator[Raw]) -> Iterator[Raw]:
         for raw in raws:

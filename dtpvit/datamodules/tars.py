@@ -21,6 +21,7 @@ MOST_BYTES = 256 << 20
 """A sample's members together; an uncompressed image as large as any that is decoded has as many."""
 
 _BLOCK = 512
+_LONGEST_END = 22 * _BLOCK  # two blocks of zeros, filled up to a record of twenty
 _REGULAR = (b"0", b"\0")
 _WITHOUT_CONTENT = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices, folders; some writers give them a size
 _LONG_NAME, _PAX = b"L", b"x"
@@ -152,7 +153,7 @@ def _sized_members(stream: _Readable, take: Callable[[int], _Content]) -> Iterat
     while True:
         header = _read(stream, _BLOCK)
         if not header.strip(b"\0"):
-            return
+            return _check_end(stream)
         size, kind = _checked_size(header), header[156:157]
         if kind in (_PAX, _LONG_NAME):
             body = _read_padded(stream, _bounded(size, _LONGEST_HEADER))
@@ -167,6 +168,18 @@ def _sized_members(stream: _Readable, take: Callable[[int], _Content]) -> Iterat
         if kind in _REGULAR:
             yield name, size, content
         override = {}
+
+
+def _check_end(stream: _Readable) -> None:
+    """Whether the block of zeros that was read is the end: at most the rest of a record follows, and only zeros.
+
+    A hole in a file, as a lost block of a disk or a broken download leaves, reads as zeros too.
+    """
+    rest = stream.read(_LONGEST_END)
+    if rest.strip(b"\0"):
+        raise ValueError("zeros where a member should begin, and more behind them")
+    if _BLOCK + len(rest) > _LONGEST_END:
+        raise ValueError("zeros where a member should begin, more than the end of a tar has")
 
 
 class _DamagedContent(ValueError):

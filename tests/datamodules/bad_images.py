@@ -99,6 +99,7 @@ ODD = {
     "animated PNG": (encoded(picture(), "PNG", **FRAMES), RED, BLUE),
     "animated WebP": (encoded(picture(), "WEBP", lossless=True, **FRAMES), RED, BLUE),
     "broken EXIF": (encoded(picture(), "JPEG", quality=95, exif=b"Exif\0\0broken"), RED, BLUE),
+    "JPEG with a film behind it": (encoded(picture(), "JPEG", quality=95) + b"\xff\xda\0" * 500, RED, BLUE),
     "a line of 60,000 pixels": (encoded(Image.new("RGB", (1, 60_000), RED), "PNG"), RED, RED),
     "a line of 80,000,000 pixels": (encoded(Image.new("1", (80_000_000, 1), 1), "PNG"), INVISIBLE, INVISIBLE),
 }
@@ -127,5 +128,9 @@ BAD = {
         "broken image",
     ),
     "a thousand scans": (_steps[:_first] + _steps[_first:_second] * 1000 + _steps[_second:], "broken image"),
+    "a thousand scans, behind an end in a comment": (
+        _steps[:2] + b"\xff\xfe\0\x04\xff\xd9" + _steps[2:_first] + _steps[_first:_second] * 1000 + _steps[_second:],
+        "broken image",
+    ),
 }
 """Name -> file, and the cause it is counted under."""

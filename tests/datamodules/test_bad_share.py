@@ -71,6 +71,15 @@ def test_a_damaged_shard_has_lost_what_it_does_not_give(tmp_path):
     assert bad.skipped == {"unreadable shard": 2}
 
 
+def test_samples_that_a_sound_shard_does_not_give_are_lost(tmp_path):
+    shard = write_tar(tmp_path / "0.tar", {f"{number:02d}": pair(number) for number in range(41)})
+    (tmp_path / "0_stats.json").write_text('{"successes": 44}')
+    short = loader([shard], train=False)
+    assert sum(len(batch) for batch in numbers(short)) == 41
+    assert short.seen == Seen(found=41, lost=3, tried=41, usable=41) and short.skipped == {"unreadable shard": 1}
+    assert short.examples[0][1].endswith("0.tar: 41 samples, 44 by its _stats.json or sizes.json")
+
+
 def test_bad_records_are_too_many_before_any_work(tmp_path):
     records = [llava(number, image=False) for number in range(600)]
     for record in records[::5]:

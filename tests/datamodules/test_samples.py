@@ -1,7 +1,9 @@
 """Reading archives that nobody promised to be whole, and decoding what is in them."""
 
+import gzip
 import io
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ from dtpvit.datamodules.samples import (
     read_samples,
     sample_seed,
 )
-from dtpvit.datamodules.tars import BrokenTar, read_members
+from dtpvit.datamodules.tars import BrokenTar, index_members, read_members
 from dtpvit.datamodules.transforms import train_transform
 from dtpvit.interop.preprocessing import eval_transform
 
@@ -67,22 +69,38 @@ def test_real_shards_are_read_as_tarfile_reads_them():
     assert list(read_members(str(path))) == by_tarfile(path)
 
 
-@pytest.mark.parametrize("damage", ["cut in a member", "cut in a header", "header overwritten", "no end"])
-def test_damage_is_told_from_the_end(tmp_path, damage):
-    path = tmp_path / "x.tar"
-    write_tar(path, {str(i): {"txt": bytes([65 + i]) * 600} for i in range(6)})
-    data = bytearray(path.read_bytes())
-    third = 3 * (512 + 1024)
-    if damage == "header overwritten":
-        data[third + 10] ^= 0xFF
-    else:
-        del data[{"cut in a member": third + 700, "cut in a header": third + 100, "no end": third}[damage] :]
-    path.write_bytes(data)
-    read = []
-    with pytest.raises(BrokenTar, match=r"x\.tar"):
-        for name, _ in read_members(str(path)):
-            read.append(name)
-    assert read == ["0.txt", "1.txt", "2.txt"]
+THIRD = 3 * (512 + 1024)  # bytes of a tar below, where its fourth member begins
+DAMAGES = {
+    "cut in a member": lambda data: data[: THIRD + 700],
+    "cut in a header": lambda data: data[: THIRD + 100],
+    "no end": lambda data: data[:THIRD],
+    "header overwritten": lambda data: data[:THIRD] + b"\x7f" + data[THIRD + 1 :],
+    "a block of zeros for a header": lambda data: data[:THIRD] + bytes(512) + data[THIRD + 512 :],
+    "zeros from there on": lambda data: data[:THIRD] + bytes(23 * 512),
+    "another archive behind it": lambda data: data[:THIRD] + bytes(1024) + data,
+}
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_told_from_the_end(tmp_path, damage, compressed):
+    path = tmp_path / ("x.tar.gz" if compressed else "x.tar")
+    write_tar(tmp_path / "whole.tar", {str(i): {"txt": bytes([65 + i]) * 600} for i in range(6)})
+    data = DAMAGES[damage]((tmp_path / "whole.tar").read_bytes())
+    path.write_bytes(gzip.compress(data) if compressed else data)
+    for read in [read_members] if compressed else [read_members, index_members]:
+        names = []
+        with pytest.raises(BrokenTar, match=r"x\.tar"):
+            for name, *_ in read(str(path)):
+                names.append(name)
+        assert names == ["0.txt", "1.txt", "2.txt"]
+
+
+@pytest.mark.parametrize("blocks", [2, 21])
+def test_an_archive_may_end_with_as_many_zeros_as_a_record_has(tmp_path, blocks):
+    data = Path(write_tar(tmp_path / "x.tar", {"0": pair(0)})).read_bytes().rstrip(b"\0")
+    (tmp_path / "y.tar").write_bytes(data + bytes(-len(data) % 512 + blocks * 512))
+    assert len(list(read_members(str(tmp_path / "y.tar")))) == 2
 
 
 def test_a_shard_that_cannot_be_opened_is_counted(tmp_path, caplog):
