@@ -15,12 +15,14 @@ from typing import Literal
 
 from dtpvit.datamodules.address_files import address_files, prepared_list
 from dtpvit.datamodules.address_lists import LISTS, AddressList
-from dtpvit.datamodules.labelled_index import index_labelled
+from dtpvit.datamodules.local_data import check_imagenet, check_llava
 from dtpvit.datamodules.shard_count import count
 from dtpvit.datamodules.shard_survey import default_workers
 from dtpvit.errors import UserError
 
 __all__ = ["get"]
+
+_LOCAL = {"imagenet": check_imagenet, "llava": check_llava}
 
 _SPARK = '''"""For spark-submit. img2dataset must be installed on every machine, and all must see the folders."""
 from img2dataset import download
@@ -44,15 +46,16 @@ def get(
     timeout: int = 10,
     retries: int = 0,
 ) -> None:
-    """Fetch the images of an address list into shards, or check how ImageNet lies on disk.
+    """Fetch the images of an address list into shards, or check how ImageNet or LLaVA's data lie on disk.
 
     img2dataset does the work, with the parameters published for the list but for the resize mode: images keep their
     aspect ratio and are never enlarged, since white borders would be given tokens. Before anything is fetched it is
     said how much that will be. The same command goes on with an unfinished download; at the end samples are counted.
 
     Args:
-        name: cc12m, laion400m, or imagenet, of which nothing is downloaded.
-        out: Folder of the shards; data/NAME/shards if not given. For imagenet the folder that holds train and val.
+        name: cc12m, laion400m; or imagenet or llava, of which nothing is downloaded.
+        out: Folder of the shards; data/NAME/shards if not given. For imagenet the folder that holds train and val, for
+            llava the one that holds pretrain and finetune.
         addresses: The list: a tsv file of addresses and captions, or a folder of parquet files; by default the one in
             data/NAME.
         yes: Start without asking.
@@ -67,11 +70,11 @@ def get(
     Raises:
         UserError: If list or img2dataset is missing, nobody agreed, or shards were left unfinished.
     """
-    if name == "imagenet":
-        _check_imagenet(Path(out or "data/imagenet"))
+    if name in _LOCAL:
+        _LOCAL[name](Path(out or f"data/{name}"))
         return
     if name not in LISTS:
-        raise UserError(f"There is no address list {name!r}; choose one of {', '.join([*LISTS, 'imagenet'])}.")
+        raise UserError(f"There is no address list {name!r}; choose one of {', '.join([*LISTS, *_LOCAL])}.")
     known, folder = LISTS[name], Path(out or f"data/{name}/shards")
     files = address_files(Path(addresses or f"data/{name}/{known.file}"), known)
     program = _program()
@@ -172,21 +175,3 @@ def _write_spark(folder: Path, options: dict[str, object]) -> None:
     keywords = options | absolute | {"distributor": "pyspark"}
     script.write_text(_SPARK.format(options=pformat(keywords, sort_dicts=False)), encoding="utf-8")
     print(f"Wrote {script}: spark-submit --master spark://HOST:7077 {script}")
-
-
-def _check_imagenet(folder: Path) -> None:
-    """Say what of ImageNet is there, in the layout that evaluation and training read."""
-    for split, expected in (("train", 1_281_167), ("val", 50_000)):
-        path = folder / split
-        if not path.is_dir():
-            raise UserError(
-                f"{path} does not exist: ImageNet is had only from https://image-net.org, on its terms; arrange it as "
-                f"{path}/n01440764/NAME.JPEG, as data/imagenet/README.md shows."
-            )
-        index = index_labelled(str(path), labels="imagenet")
-        found = len(index.samples)
-        print(f"{path}: {found:,} images of {len({sample.label for sample in index.samples}):,} classes.")
-        if found != expected:
-            raise UserError(
-                f"{path} holds {found:,} images where ImageNet-1k has {expected:,}: unpack the archive again."
-            )

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import timm
+from conversation_files import llava
 from shard_files import jpeg, shared
 from web_server import serving
 
@@ -148,13 +149,14 @@ def test_nothing_is_fetched_before_somebody_agrees(tmp_path, program, monkeypatc
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["mnist"], "choose one of cc12m, laion400m, imagenet"),
+        (["mnist"], "choose one of cc12m, laion400m, imagenet, llava"),
         (["cc12m"], "no address list at data/cc12m/cc12m.tsv: get it from https://github.com"),
         (["cc12m", "--addresses", "l.txt"], "neither .tsv nor .parquet"),
         (["cc12m", "--addresses", "empty.tsv"], "holds no addresses"),
         (["cc12m", "--addresses", "l.tsv", "--out", "odd"], "holds notes.json, which img2dataset would take"),
         (["laion400m", "--addresses", "l.parquet"], "cannot be counted"),
         (["imagenet"], "had only from https://image-net.org"),
+        (["llava"], "blip_laion_cc_sbu_558k.json does not exist: data/llava/README.md says where"),
     ],
 )
 def test_mistakes_are_said_before_anything_is_fetched(tmp_path, program, capsys, arguments, sentence):
@@ -227,3 +229,21 @@ def test_imagenet_is_checked_and_never_fetched(tmp_path, monkeypatch):
     (tmp_path / "train" / IMAGENET_SYNSETS[0]).rmdir()
     with pytest.raises(UserError, match="999"):
         download.get("imagenet", out=str(tmp_path))
+
+
+def test_llavas_records_are_counted_with_the_folders_of_missing_images(tmp_path, capsys):
+    def write(name, images):
+        records = [llava(number) | {"image": image} for number, image in enumerate(images)]
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(json.dumps(records))
+        for image in images[:2]:
+            path = tmp_path / name.split("/")[0] / "images" / image
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(jpeg(0))
+
+    write("pretrain/blip_laion_cc_sbu_558k.json", ["00000/0.jpg", "00000/1.jpg"])
+    write("finetune/llava_v1_5_mix665k.json", ["coco/train2017/0.jpg", "coco/train2017/1.jpg", "gqa/images/2.jpg"])
+    with pytest.raises(UserError, match=r"1 records of .* cannot be used \(missing image, gqa/images: 1\)"):
+        download.get("llava", out=str(tmp_path))
+    said = capsys.readouterr().out
+    assert "558k.json: 2 of 2 records can be used" in said and "665k.json: 2 of 3 records" in said
