@@ -1,7 +1,8 @@
-"""Loader workers that go on when the whole job is told to end, so that the step under way can.
+"""Loader workers that outlive a signal to the whole job, so that the step under way can end, and not the training.
 
 SLURM and ``kill -- -GROUP`` signal every process of a job. A worker that obeyed would take the training down with an
-error in the middle of a step.
+error in the middle of a step. Where the training is killed, torch ends a worker whose parent has changed; under the
+start method ``forkserver``, Python 3.14's default, that is the fork server, which in turn lives as long as its workers.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from multiprocessing import parent_process
+from multiprocessing.process import BaseProcess
 from threading import Thread
 from typing import Any
 
@@ -16,10 +19,15 @@ from torch.utils.data import DataLoader
 
 __all__ = ["obey_parent_alone", "started"]
 
+_FOR_THE_JOB = {signal.SIGTERM, signal.SIGUSR1}
+
 
 def started(loader: DataLoader[Any]) -> Iterator[Any]:
-    """``iter(loader)``, whose workers begin with SIGTERM and SIGUSR1 blocked, as they inherit it from this thread."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1})
+    """``iter(loader)``, whose workers begin with SIGTERM and SIGUSR1 blocked, where they are forked from this thread.
+
+    Workers of a fork server block them later, and a thread that a library has by then lets them through.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _FOR_THE_JOB)
     try:
         return iter(loader)
     finally:
@@ -27,18 +35,27 @@ def started(loader: DataLoader[Any]) -> Iterator[Any]:
 
 
 def obey_parent_alone(worker: int) -> None:
-    """End this worker when its parent sends SIGTERM, as torch does where one is stuck; a ``worker_init_fn``.
+    """End this worker with its parent, or when that sends SIGTERM, as torch does where one is stuck; a
+    ``worker_init_fn``.
 
     Args:
         worker: Its number, which does not matter.
     """
+    signal.pthread_sigmask(signal.SIG_BLOCK, _FOR_THE_JOB)
+    parent: Any = parent_process()
+    Thread(target=_end_with, args=(parent,), name="end-with-parent", daemon=True).start()
     if hasattr(signal, "sigwaitinfo"):
-        Thread(target=_obey, name="obey-parent", daemon=True).start()
+        Thread(target=_obey, args=(parent.pid,), name="obey-parent", daemon=True).start()
     else:  # macOS cannot tell who sent a signal
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 
-def _obey() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+def _end_with(parent: BaseProcess) -> None:
+    parent.join()
+    os._exit(1)
+
+
+def _obey(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
         pass
     os._exit(0)
