@@ -60,6 +60,17 @@ def test_damage_is_seen_wherever_it_is(tmp_path):
     assert list(whole_checkpoints(tmp_path)) == [tmp_path / "b.ckpt"]
 
 
+@pytest.mark.parametrize(("place", "bit"), [(8, 0x01), (8, 0x20), (8, 0x40), (6, 0x80), (10, 0x04)], ids=str)
+def test_a_tampered_directory_is_damage(place, bit, tmp_path):
+    """The file seems encrypted, patched, of a version to come, compressed in a way of old."""
+    torch.save(content(), tmp_path / "a.ckpt")
+    data = bytearray((tmp_path / "a.ckpt").read_bytes())
+    data[data.index(b"PK\1\2") + place] ^= bit
+    (tmp_path / "a.ckpt").write_bytes(data)
+    assert damage(tmp_path / "a.ckpt") == "cannot be read to its end"
+    assert list(whole_checkpoints(tmp_path)) == []
+
+
 def test_checkpoints_of_before_the_number_are_brought_up_to_date(tmp_path, monkeypatch):
     torch.save(content(), tmp_path / "old.ckpt")
     assert read_checkpoint(tmp_path / "old.ckpt")[FORMAT_KEY] == FORMAT
