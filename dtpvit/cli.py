@@ -17,7 +17,7 @@ from typing import Any, get_type_hints
 from dtpvit import __version__
 from dtpvit._commands import COMMANDS
 from dtpvit._shorthands import SHORTHANDS, expand_shorthands, missing_file, options
-from dtpvit.errors import UserError, chain
+from dtpvit.errors import UserError, chain, unwritten
 
 __all__ = ["COMMANDS", "explain", "main"]
 
@@ -276,6 +276,8 @@ def explain(error: BaseException) -> str | None:
     for link in links:
         if isinstance(link, UserError):
             return _one_line(str(link))
+    if what := unwritten(error):
+        return f"{what}; make room and start again"
     if type(error).__name__ == "MisconfigurationException":  # Lightning's own word for a mistake of its user
         return _one_line(str(error))
     return _one_line(_without_types(str(error))) if isinstance(error, argparse.ArgumentError) else None

@@ -30,11 +30,17 @@ def content(step=1, size=1000):
 
 def test_a_full_disk_keeps_the_last_good_checkpoint_and_says_which(tmp_path):
     files = CheckpointFiles()
-    with disk_of(50_000), pytest.raises(UserError, match=r"last.ckpt could not be written \(.+\); there is no earlier"):
+    with (
+        disk_of(50_000),
+        pytest.raises(UserError, match=r"last.ckpt could not be written \(.+\); there is no earlier checkpoint"),
+    ):
         files.save_checkpoint(content(size=100_000), tmp_path / "run" / "last.ckpt")
     assert list((tmp_path / "run").iterdir()) == []
     files.save_checkpoint(content(step=7), tmp_path / "run" / "last.ckpt")
-    with disk_of(50_000), pytest.raises(UserError, match=r"the last good one is .+last.ckpt \(step 7\); make room"):
+    with (
+        disk_of(50_000),
+        pytest.raises(UserError, match=r"the last good checkpoint is .+last.ckpt \(step 7\); make room"),
+    ):
         files.save_checkpoint(content(step=8, size=100_000), tmp_path / "run" / "last.ckpt")
     assert files.load_checkpoint(tmp_path / "run" / "last.ckpt")["global_step"] == 7
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["last.ckpt"]
