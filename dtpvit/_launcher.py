@@ -43,7 +43,7 @@ def _agents_mark() -> str | None:
     """What the first process to ask has left with torchrun's agents, whose store outlives the processes."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
-    from torch.distributed import TCPStore
+    from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
     store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
     return store.compare_set("dtpvit/start", "", uuid.uuid4().hex).decode()

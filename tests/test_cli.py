@@ -376,7 +376,7 @@ def test_a_full_disk_is_a_sentence_whichever_file_meets_it(
     name = file.removesuffix(".partial")
     assert f"runs/line/{name} could not be written (No space left on device); " in said
     if at == 12:
-        assert said.endswith("last.ckpt (step 8); make room and go on with --ckpt_path last") or "step 16" in said
+        assert said.endswith("; make room and go on with --ckpt_path last")
         Path("runs/line", file).unlink(missing_ok=True)
         assert fit("--ckpt_path", "last") == 0 and checkpoint()["global_step"] == 24
     else:
