@@ -11,7 +11,16 @@ import zlib
 from collections.abc import Callable, Sequence
 from random import Random
 
-__all__ = ["Mutate", "spoil_bytes", "spoil_gzip", "spoil_image", "spoil_tar", "spoil_text", "spoil_zip"]
+__all__ = [
+    "Mutate",
+    "spoil_bytes",
+    "spoil_gzip",
+    "spoil_headers",
+    "spoil_image",
+    "spoil_tar",
+    "spoil_text",
+    "spoil_zip",
+]
 
 Mutate = Callable[[Sequence[bytes], Random], bytes]
 """The seeds, of which one or two are taken, and what decides everything."""
@@ -119,6 +128,29 @@ def spoil_zip(seeds: Sequence[bytes], random: Random) -> bytes:
             if name != spoilt or random.random() < 0.9:
                 new.writestr(name, content)
     return stream.getvalue()
+
+
+def spoil_headers(seeds: Sequence[bytes], random: Random) -> bytes:
+    """A zip, half of the time with one to three fields of its headers or of its directory changed and nothing else."""
+    if random.random() < 0.5:
+        return spoil_zip(seeds, random)
+    data = bytearray(random.choice(seeds))
+    for _ in range(random.choice((1, 1, 2, 3))):
+        found = random.choice(list(_RECORD.finditer(data)))
+        fields = _FIELDS[found[0]]
+        start = found.start() + random.choice(fields)
+        if random.random() < 0.5:
+            data[start] ^= 1 << random.randrange(8)
+        else:
+            size = random.choice((2, 4))
+            data[start : start + size] = (random.choice(_NUMBERS) % (1 << 8 * size)).to_bytes(size, "little")
+    return bytes(data)
+
+
+_FIELDS = {b"PK\1\2": (6, 8, 9, 10, 16, 20, 24, 28, 30, 32, 34, 42), b"PK\3\4": (4, 6, 7, 8, 14, 18, 22, 26, 28)}
+"""Where version, flags, compression, checksum, sizes, lengths and place stand in a zip's directory and headers."""
+_FIELDS |= {b"PK\5\6": (4, 6, 8, 10, 12, 16, 20), b"PK\6\6": (4, 14, 16, 20, 24, 32, 40, 48), b"PK\6\7": (4, 8, 16)}
+_RECORD = re.compile(b"|".join(_FIELDS))
 
 
 def _flip(data: bytearray, random: Random, seeds: Sequence[bytes]) -> None:

@@ -20,6 +20,7 @@ from benchmarks.fuzz_inputs import (
     Mutate,
     spoil_bytes,
     spoil_gzip,
+    spoil_headers,
     spoil_image,
     spoil_tar,
     spoil_text,
@@ -39,7 +40,7 @@ from dtpvit.errors import UserError
 from dtpvit.evaluation.vqa_questions import read_questions
 from dtpvit.interop.loading import Tokenize
 from dtpvit.interop.preprocessing import eval_transform
-from dtpvit.interop.weight_files import read_checkpoint, state_of
+from dtpvit.interop.weight_files import damage, read_checkpoint, state_of
 
 __all__ = ["TARGETS", "Target"]
 
@@ -276,6 +277,12 @@ def _read_weights(ending: str, mmap: bool, data: bytes, folder: Path) -> str:
     return _refused(read, _weights_cause)
 
 
+def _read_to_its_end(data: bytes, folder: Path) -> str:
+    path = folder / "weights.ckpt"
+    path.write_bytes(data)
+    return (damage(path) or "accepted").partition(" in ")[0]
+
+
 def _weights_cause(error: UserError) -> str:
     phrases = ("more than tensors", "damaged or no checkpoint", "holds no tensors", "expected a mapping")
     return next((phrase for phrase in phrases if phrase in str(error)), "UserError")
@@ -306,6 +313,7 @@ TARGETS = (
     Target("sizes.json, _stats.json", 4, _stats, spoil_text, _read_stats),
     Target("checkpoint, zip", 4, partial(_saved, False), spoil_zip, partial(_read_weights, ".ckpt", False)),
     Target("checkpoint, zip, mapped", 2, partial(_saved, False), spoil_zip, partial(_read_weights, ".ckpt", True)),
+    Target("checkpoint, zip, checksums", 2, partial(_saved, False), spoil_headers, _read_to_its_end),
     Target("checkpoint, legacy", 4, partial(_saved, True), spoil_bytes, partial(_read_weights, ".pth", False)),
     Target("checkpoint, safetensors", 4, _safetensors, spoil_bytes, partial(_read_weights, ".safetensors", False)),
     Target("config", 0.2, _configs, spoil_text, _read_config),

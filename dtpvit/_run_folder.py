@@ -5,6 +5,7 @@ import hashlib
 import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from dtpvit._run_start import record_start
 from dtpvit.evaluation.run_record import FILES
-from dtpvit.output_file import PARTIAL
+from dtpvit.output_file import PARTIAL, named, written_beside
 from dtpvit.tasks.checkpoint_file import remove_partial
 
 __all__ = ["LineProgress", "RunCheckpoint", "RunLogger", "SaveRun", "StepSeed", "set_aside"]
@@ -29,7 +30,10 @@ RECORDS = (*FILES, "hparams.yaml")
 
 
 class _Writer(ExperimentWriter):
-    """Lightning's CSV writer, which would delete the metrics.csv that a continued run wants to extend."""
+    """Lightning's CSV writer, which would delete the metrics.csv that a continued run wants to extend.
+
+    A full disk leaves whole rows, those written before included.
+    """
 
     def __init__(self, log_dir: str, append: bool) -> None:
         self._append = append
@@ -38,8 +42,36 @@ class _Writer(ExperimentWriter):
     def _check_log_dir_exists(self) -> None:
         path = Path(self.metrics_file_path)
         if self._append and path.is_file():
+            _end_with_a_row(path)
             with path.open(newline="") as file:
                 self.metrics_keys = next(csv.reader(file), [])
+
+    def save(self) -> None:
+        """Write the rows that are not written yet."""
+        path = Path(self.metrics_file_path)
+        try:
+            with named(path):
+                super().save()
+        except OSError:
+            with suppress(OSError):
+                _end_with_a_row(path)
+            raise
+
+    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
+        path = Path(self.metrics_file_path)
+        with path.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        with written_beside(path) as partial, partial.open("w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames)
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+def _end_with_a_row(path: Path) -> None:
+    """Cut off a last row that was not written to its end, lest the next one be joined to it."""
+    content = path.read_bytes() if path.is_file() else b""
+    if not content.endswith(b"\n"):
+        os.truncate(path, content.rfind(b"\n") + 1)
 
 
 class RunLogger(CSVLogger):

@@ -22,12 +22,13 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.plugins import Precision, TorchCheckpointIO
 
 from dtpvit import __version__
-from dtpvit._launcher import started_processes, was_restarted
+from dtpvit._launcher import started_processes
 from dtpvit._run_folder import LineProgress, RunCheckpoint, RunLogger, SaveRun, StepSeed
+from dtpvit._run_start import goes_on_by_itself
 from dtpvit._shorthands import naming_file
-from dtpvit.errors import UserError
+from dtpvit.errors import UserError, chain, unwritten
 from dtpvit.tasks.checkpoint_check import check_checkpoint
-from dtpvit.tasks.checkpoint_file import CheckpointFiles, whole_checkpoints
+from dtpvit.tasks.checkpoint_file import CheckpointFiles, last_good, whole_checkpoints
 from dtpvit.tasks.efficiency import EfficiencyMonitor
 from dtpvit.tasks.image_task import ImageTask
 from dtpvit.tasks.loss_watch import LossWatch
@@ -112,6 +113,17 @@ class TrainerCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Do nothing: the command line and the YAML decide, not the checkpoint's hyper-parameters."""
 
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run it; a full disk ends a training in one sentence, whichever file met it."""
+        try:
+            super()._run_subcommand(subcommand)
+        except Exception as error:
+            what = unwritten(error)
+            if what is None or subcommand != "fit" or any(isinstance(link, UserError) for link in chain(error)):
+                raise
+            folder = Path(self._get(self.config, "checkpoint").dirpath)
+            raise UserError(f"{what}; {last_good(folder)}") from error
+
     def before_instantiate_classes(self) -> None:
         """Settle the run's name, folder and precision, and refuse a checkpoint that is not there."""
         config = self.config[self._command]
@@ -126,8 +138,9 @@ class TrainerCLI(LightningCLI):
             config.trainer.precision = config.trainer.precision or default_precision(config.trainer.accelerator)
         if config.get("weights_only") is None and "weights_only" in config:
             config.weights_only = True
-        if self._command == "fit" and config.get("ckpt_path") is None and was_restarted():
-            config.ckpt_path = "last"  # SLURM and torchrun repeat the command that began the run
+        fresh = self._command == "fit" and config.get("ckpt_path") is None
+        if fresh and goes_on_by_itself(self.folder / "versions.json"):
+            config.ckpt_path = "last"
         self._checkpoint = self._find_checkpoint(config.get("ckpt_path"), Path(config.checkpoint.dirpath))
         if config.get("ckpt_path") == "last" and self._checkpoint is None:
             logger.info("no last.ckpt in %s yet: the run begins", config.checkpoint.dirpath)
@@ -149,8 +162,9 @@ class TrainerCLI(LightningCLI):
         if path is None or _is_lightnings(path):
             return None
         if path == "last":
-            found = max(folder.glob("last*.ckpt"), key=lambda file: file.stat().st_mtime, default=None)
-            if found is None:  # a kill before the first of that name
+            there = [file for file in folder.glob("last*.ckpt") if file.exists()]
+            found = max(there, key=lambda file: file.stat().st_mtime, default=None)
+            if found is None:  # a kill before the first of that name, or between the removal of what it links to and it
                 found = next(whole_checkpoints(folder), None)
             if found is None and self._command != "fit":
                 raise UserError(

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import re
+import select
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any, get_type_hints
 from dtpvit import __version__
 from dtpvit._commands import COMMANDS
 from dtpvit._shorthands import SHORTHANDS, expand_shorthands, missing_file, options
-from dtpvit.errors import UserError, chain
+from dtpvit.errors import UserError, chain, unwritten
 
 __all__ = ["COMMANDS", "explain", "main"]
 
@@ -30,7 +31,18 @@ def main(argv: list[str] | None = None) -> int:
     Raises:
         Exception: Whatever is not the user's mistake, for its traceback; with ``DTPVIT_DEBUG=1`` everything.
     """
-    arguments = sys.argv[1:] if argv is None else list(argv)
+    try:
+        try:
+            return _run(sys.argv[1:] if argv is None else list(argv))
+        finally:
+            print(end="", flush=True)
+    except BrokenPipeError:
+        if not _silence_unread():
+            raise  # the pipe of another process of ours
+        return 141  # what a shell reports of a program that SIGPIPE has ended
+
+
+def _run(arguments: list[str]) -> int:
     try:
         return _dispatch(arguments)
     except KeyboardInterrupt:
@@ -47,6 +59,17 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"dtpvit: {sentence}", file=sys.stderr)
         return 2
+
+
+def _silence_unread() -> bool:
+    """Whether nobody reads our output any more, as behind ``| head``; what is left of it then goes nowhere."""
+    poll = select.poll()
+    for stream in (1, 2):
+        poll.register(stream, 0)
+    unread = [stream for stream, event in poll.poll(0) if event & select.POLLERR]
+    for stream in unread:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream)  # or Python complains as it flushes at its end
+    return bool(unread)
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -253,6 +276,8 @@ def explain(error: BaseException) -> str | None:
     for link in links:
         if isinstance(link, UserError):
             return _one_line(str(link))
+    if what := unwritten(error):
+        return f"{what}; make room and start again"
     if type(error).__name__ == "MisconfigurationException":  # Lightning's own word for a mistake of its user
         return _one_line(str(error))
     return _one_line(_without_types(str(error))) if isinstance(error, argparse.ArgumentError) else None

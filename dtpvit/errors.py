@@ -1,8 +1,11 @@
 """The one exception whose message is meant for the person at the keyboard, and what an exception was raised from."""
 
+import errno
 from collections.abc import Iterator
 
-__all__ = ["UserError", "chain"]
+__all__ = ["UserError", "chain", "unwritten"]
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class UserError(ValueError):
@@ -21,3 +24,11 @@ def chain(error: BaseException) -> Iterator[BaseException]:
         seen.add(id(link))
         yield link
         link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
+
+
+def unwritten(error: BaseException) -> str | None:
+    """What a full disk, or a limit on what may be written there, has kept from being written; None if nothing did."""
+    for link in chain(error):
+        if isinstance(link, OSError) and link.errno in _NO_ROOM:
+            return f"{link.filename or 'a file'} could not be written ({link.strerror})"
+    return None

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dtpvit.errors import UserError
 
-__all__ = ["PARTIAL", "output_file", "write_json", "write_text", "written_beside"]
+__all__ = ["PARTIAL", "named", "output_file", "write_json", "write_text", "written_beside"]
 
 PARTIAL = ".partial"
 """What the name of a file ends in as long as it is being written."""
@@ -38,17 +38,28 @@ def written_beside(path: Path) -> Iterator[Path]:
     writing fails, what there is of it is removed; after a kill it stays until the next try.
 
     Raises:
-        OSError: If it cannot be flushed or renamed; the old file then stays.
+        OSError: If it cannot be written, flushed or renamed; the old file then stays.
     """
     partial = path.with_name(f"{path.name}{PARTIAL}")
     try:
-        yield partial
-        _flush(partial)
-        partial.replace(path)
+        with named(path):
+            yield partial
+            _flush(partial)
+            partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
     with suppress(OSError):  # some network file systems know no flush of folders
         _flush(path.parent)
+
+
+@contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Name the file in an OSError, which says what it was only where it could not be opened."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def _flush(path: Path) -> None:

@@ -141,5 +141,18 @@ class FullDisk(Callback):
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
 
 
+class FullDiskFor(Callback):
+    """From a step on a file of the run is written to a disk that is full."""
+
+    def __init__(self, at_step: int, file: str) -> None:
+        self.at_step, self.file = at_step, file
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step == self.at_step:
+            path = Path(trainer.default_root_dir) / self.file
+            path.unlink(missing_ok=True)
+            path.symlink_to("/dev/full")
+
+
 class OtherData(PointsData):
     """A second class for ``--data``."""

@@ -184,6 +184,27 @@ def test_a_fault_of_ours_is_no_mistake_of_the_user() -> None:
         assert explain(error) == "found a thing."
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_command_whose_output_nobody_reads_ends_quietly(unbuffered: str) -> None:
+    """As behind `| head`: where output is buffered the pipe is found broken at the end, else within the command."""
+    environment = {**os.environ, "PYTHONPATH": str(TESTS.parent), "PYTHONUNBUFFERED": unbuffered}
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "dtpvit", "help"]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, timeout=60, env=environment, check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_another_broken_pipe_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(arguments: list[str]) -> int:
+        raise BrokenPipeError
+
+    monkeypatch.setattr("dtpvit.cli._dispatch", broken)
+    with pytest.raises(BrokenPipeError):
+        main(["help"])
+
+
 def test_ctrl_c_exits_130(project: Path) -> None:
     stop = {"trainer": {"callbacks": [{"class_path": "cli_example.Stop", "init_args": {"at_step": 10}}]}}
     (project / "stop.yaml").write_text(yaml.safe_dump(stop))
@@ -321,15 +342,61 @@ def test_a_run_killed_before_its_first_last_checkpoint_goes_on_from_the_newest(p
     assert len([row for row in metrics() if row["val/loss"]]) == 3
 
 
+def test_a_link_that_leads_nowhere_is_as_none(project: Path) -> None:
+    """A kill came after the checkpoint that it leads to was removed, and before it led to the next."""
+    assert fit("--trainer.max_epochs", "1") == 0
+    last = Path("runs/line/checkpoints/last.ckpt")
+    last.unlink()
+    last.symlink_to("gone.ckpt")
+    assert fit("--ckpt_path", "last", "--checkpoint.save_last", "link") == 0
+    assert checkpoint()["global_step"] == 24 and not Path("runs/line/earlier").exists()
+    assert len([row for row in metrics() if row["val/loss"]]) == 3
+
+
 def test_a_full_disk_ends_the_run_in_a_sentence_with_its_last_good_checkpoint(project: Path) -> None:
     full = {"trainer": {"callbacks": [{"class_path": "cli_example.FullDisk", "init_args": {"at_step": 12}}]}}
     (project / "full.yaml").write_text(yaml.safe_dump(full))
     done = shell("fit", "--config", "full.yaml", "--config", "line.yaml", "--data", "points.txt")
     assert done.returncode == 2 and "Traceback" not in done.stderr
     said = done.stderr.splitlines()[-1]
-    assert "could not be written (File too large); the last good one is " in said
+    assert "could not be written (File too large); the last good checkpoint is " in said
     assert said.endswith("(step 8); make room and go on with --ckpt_path last")
     assert checkpoint()["global_step"] == 8 and not list(Path("runs").rglob("*.partial"))
+
+
+@pytest.mark.parametrize("file", ["metrics.csv", "efficiency.csv.partial", "metrics.csv.partial"])
+def test_a_full_disk_is_a_sentence_whichever_file_meets_it(
+    file: str, project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    at = 1 if file == "metrics.csv.partial" else 12  # the header of the metrics is written anew when an epoch ends
+    full = {"class_path": "cli_example.FullDiskFor", "init_args": {"at_step": at, "file": file}}
+    (project / "full.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": [full]}}))
+    assert fit("--config", "full.yaml") == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    name = file.removesuffix(".partial")
+    assert f"runs/line/{name} could not be written (No space left on device); " in said
+    if at == 12:
+        assert said.endswith("; make room and go on with --ckpt_path last")
+        Path("runs/line", file).unlink(missing_ok=True)
+        assert fit("--ckpt_path", "last") == 0 and checkpoint()["global_step"] == 24
+    else:
+        assert metrics(), "the rows before are gone"
+
+
+def test_a_row_that_was_not_written_to_its_end_is_not_joined_to_the_next(project: Path) -> None:
+    assert fit("--trainer.max_epochs", "1") == 0
+    path = Path("runs/line/metrics.csv")
+    rows = len(metrics())
+    path.write_bytes(path.read_bytes() + b"0,1.25")
+    assert fit("--ckpt_path", "last", "--trainer.max_epochs", "2") == 0
+    assert len(metrics()) == 2 * rows and all(None not in row for row in metrics())
+
+
+def test_a_full_disk_of_another_command_is_a_sentence_too() -> None:
+    with pytest.raises(OSError) as full, open("/dev/full", "w") as file:
+        file.write("?")
+    assert explain(full.value) == "a file could not be written (No space left on device); make room and start again"
+    assert explain(OSError(13, "Permission denied")) is None
 
 
 def test_a_link_to_the_last_checkpoint_is_never_absent(project: Path) -> None:

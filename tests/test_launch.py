@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from torch.distributed import TCPStore
 
-from dtpvit._launcher import started_processes
+from dtpvit._launcher import job, started_processes, was_restarted
 from dtpvit._shorthands import expand_shorthands
 from dtpvit.datamodules.shapes import ShapesParameters, generate_shapes
 
@@ -188,3 +189,44 @@ def test_how_many_processes_were_started_is_not_to_be_said_twice(
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert started_processes() == expected
+
+
+@pytest.mark.parametrize("run_id", ["named", "none"])
+def test_a_start_of_torchrun_is_known_after_a_restart(run_id: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of starts that nobody named, by what is left in the store of torchrun's agent, which is a real one here."""
+    agent, next_agent = (TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in range(2))
+    variables = {"RUN_ID": run_id, "USE_AGENT_STORE": "True", "RESTART_COUNT": "0"}
+    for name, value in variables.items():
+        monkeypatch.setenv(f"TORCHELASTIC_{name}", value)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(agent.port))
+    recorded = job()
+    assert not was_restarted(recorded)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert was_restarted(recorded) and not was_restarted({}) and not was_restarted({"torchrun": "another"})
+    monkeypatch.setenv("MASTER_PORT", str(next_agent.port))
+    assert was_restarted(recorded) == (run_id == "named")
+
+
+@pytest.mark.slow
+def test_a_restart_of_torchrun_goes_on_with_its_own_run_alone(
+    project: Path, whole: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first processes die before they train, the second ones while they do; a run of that name is there already.
+
+    torchrun's own store would hand gloo the addresses of the processes that died (torch 2.14, docs/launch.md).
+    """
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    dying = "import os, signal, torch\nfrom lightning.pytorch import Callback\n\nclass Dying(Callback):\n"
+    dying += "    def setup(self, *_, **__):\n        self.die_at(0)\n\n"
+    dying += "    def on_train_batch_start(self, trainer, *_):\n"
+    dying += "        if trainer.global_step == 15:\n            self.die_at(1)\n\n"
+    dying += "    def die_at(self, count):\n        if os.environ['TORCHELASTIC_RESTART_COUNT'] == str(count):\n"
+    dying += "            os.kill(os.getpid(), signal.SIGKILL)\n"
+    (project / "dying.py").write_text(dying)
+    assert run(project, "again", "--trainer.max_epochs", "1").wait() == 0
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "2")
+    process = run(project, "again", "--trainer.callbacks+=dying.Dying", before=torchrun)
+    assert process.wait() == 0, (project / "again.log").read_text()
+    assert (project / "again.log").read_text().count("moved the earlier run of that name") == 1
+    check_same(state(project, "again"), whole)

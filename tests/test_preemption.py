@@ -150,6 +150,19 @@ def test_slurm_s_signal_requeues_the_job_and_the_same_command_goes_on(
     check_same("job", "whole")
 
 
+def test_a_requeued_job_that_had_not_begun_sets_an_older_run_aside(
+    slurm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert fit("job", "--trainer.max_epochs=1") == 0
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    monkeypatch.setenv("SLURM_JOB_ID", "43")
+    assert fit("job", callbacks=[told(at_step=11)]) == 143
+    assert torch.load("runs/job/earlier/1/checkpoints/last.ckpt", weights_only=True)["global_step"] == 8
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    assert fit("job") == 0
+    assert checkpoint("job")["global_step"] == 24 and not Path("runs/job/earlier/2").exists()
+
+
 def test_slurm_s_sigterm_does_not_requeue(slurm: Path) -> None:
     assert fit("job", callbacks=[told(at_step=11)]) == 143
     assert not slurm.exists() and checkpoint("job")["global_step"] == 11

@@ -1,5 +1,6 @@
 #!/bin/bash
-# Several machines under SLURM, one task a GPU; goes on by itself after the time limit, preemption or a dead node.
+# Several machines under SLURM, one task a GPU; goes on by itself after the time limit, and after preemption or a dead
+# node where SLURM requeues the job then (PreemptMode=REQUEUE; JobRequeue, or --requeue as below).
 #
 #   sbatch configs/launch/slurm.sh configs/cc12m_10x.yaml [options of dtpvit fit]
 #

@@ -13,7 +13,7 @@ from dtpvit.errors import UserError, chain
 from dtpvit.interop.weight_files import damage, read_checkpoint
 from dtpvit.output_file import PARTIAL, written_beside
 
-__all__ = ["CheckpointFiles", "remove_partial", "whole_checkpoints"]
+__all__ = ["CheckpointFiles", "last_good", "remove_partial", "whole_checkpoints"]
 
 
 class CheckpointFiles(TorchCheckpointIO):
@@ -43,7 +43,7 @@ class CheckpointFiles(TorchCheckpointIO):
             if cause is None:
                 raise
             raise UserError(
-                f"the checkpoint {target} could not be written ({cause.strerror or cause}); {_last_good(target)}"
+                f"the checkpoint {target} could not be written ({cause.strerror or cause}); {last_good(target.parent)}"
             ) from error
 
     def load_checkpoint(
@@ -73,10 +73,13 @@ def whole_checkpoints(folder: Path) -> Iterator[Path]:
             yield path
 
 
-def _last_good(target: Path) -> str:
-    good = next(whole_checkpoints(target.parent), None)
-    if good is None:
-        return "there is no earlier one; make room and start again"
-    step = read_checkpoint(good, mmap=True).get("global_step")
-    at = "" if step is None else f" (step {step})"
-    return f"the last good one is {good}{at}; make room and go on with --ckpt_path last"
+def last_good(folder: Path) -> str:
+    """Which checkpoint in a folder a run whose disk is full can go on with, and how, for its message."""
+    for good in whole_checkpoints(folder):
+        try:
+            step = read_checkpoint(good, mmap=True).get("global_step")
+        except UserError:  # whole, but none of ours
+            continue
+        at = "" if step is None else f" (step {step})"
+        return f"the last good checkpoint is {good}{at}; make room and go on with --ckpt_path last"
+    return "there is no earlier checkpoint; make room and start again"

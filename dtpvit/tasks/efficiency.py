@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from dtpvit.encoder.ops.collectives import gather_columns
+from dtpvit.output_file import written_beside
 from dtpvit.tasks.peak_memory import PeakMemory
 from dtpvit.tasks.step_clock import StepClock
 from dtpvit.tasks.token_count import TokenCount
@@ -232,13 +232,11 @@ def _write_row(path: Path, row: Mapping[str, float]) -> None:
         with path.open(newline="") as file:
             earlier = [old for old in csv.DictReader(file) if _number(old.get("epoch")) < row["epoch"]]
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f"{path.name}.tmp")
-    with draft.open("w", newline="") as file:
+    with written_beside(path) as draft, draft.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", restval="")
         writer.writeheader()
         writer.writerows(earlier)
         writer.writerow({name: value if isinstance(value, int) else f"{value:.6g}" for name, value in row.items()})
-    os.replace(draft, path)
 
 
 def _number(text: str | None) -> float:

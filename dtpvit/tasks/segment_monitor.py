@@ -18,6 +18,7 @@ from dtpvit.evaluation.picture_sheet import Panel, sheet_image
 from dtpvit.evaluation.seen_segments import SeenSegments, seen_segments
 from dtpvit.evaluation.segment_pictures import Drawing, draw_histogram
 from dtpvit.evaluation.show import heat_panel, segments_panel
+from dtpvit.output_file import written_beside
 from dtpvit.tasks.image_task import ImageTask
 
 __all__ = ["SegmentMonitor"]
@@ -88,7 +89,8 @@ class SegmentMonitor(Callback):
             return
         folder = Path(trainer.default_root_dir) / "pictures"
         folder.mkdir(parents=True, exist_ok=True)
-        picture.save(folder / f"epoch{epoch:03d}.png")
+        with written_beside(folder / f"epoch{epoch:03d}.png") as partial:
+            picture.save(partial, "PNG")
         counts = np.array([image.tokens for image in seen])
         heats = _heats(seen)
         for logger in trainer.loggers:

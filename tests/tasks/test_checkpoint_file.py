@@ -30,11 +30,17 @@ def content(step=1, size=1000):
 
 def test_a_full_disk_keeps_the_last_good_checkpoint_and_says_which(tmp_path):
     files = CheckpointFiles()
-    with disk_of(50_000), pytest.raises(UserError, match=r"last.ckpt could not be written \(.+\); there is no earlier"):
+    with (
+        disk_of(50_000),
+        pytest.raises(UserError, match=r"last.ckpt could not be written \(.+\); there is no earlier checkpoint"),
+    ):
         files.save_checkpoint(content(size=100_000), tmp_path / "run" / "last.ckpt")
     assert list((tmp_path / "run").iterdir()) == []
     files.save_checkpoint(content(step=7), tmp_path / "run" / "last.ckpt")
-    with disk_of(50_000), pytest.raises(UserError, match=r"the last good one is .+last.ckpt \(step 7\); make room"):
+    with (
+        disk_of(50_000),
+        pytest.raises(UserError, match=r"the last good checkpoint is .+last.ckpt \(step 7\); make room"),
+    ):
         files.save_checkpoint(content(step=8, size=100_000), tmp_path / "run" / "last.ckpt")
     assert files.load_checkpoint(tmp_path / "run" / "last.ckpt")["global_step"] == 7
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["last.ckpt"]
@@ -58,6 +64,17 @@ def test_damage_is_seen_wherever_it_is(tmp_path):
         assert damage(path), len(broken)
     torch.save(content(step=3), tmp_path / "b.ckpt")
     assert list(whole_checkpoints(tmp_path)) == [tmp_path / "b.ckpt"]
+
+
+@pytest.mark.parametrize(("place", "bit"), [(8, 0x01), (8, 0x20), (8, 0x40), (6, 0x80), (10, 0x04)], ids=str)
+def test_a_tampered_directory_is_damage(place, bit, tmp_path):
+    """The file seems encrypted, patched, of a version to come, compressed in a way of old."""
+    torch.save(content(), tmp_path / "a.ckpt")
+    data = bytearray((tmp_path / "a.ckpt").read_bytes())
+    data[data.index(b"PK\1\2") + place] ^= bit
+    (tmp_path / "a.ckpt").write_bytes(data)
+    assert damage(tmp_path / "a.ckpt") == "cannot be read to its end"
+    assert list(whole_checkpoints(tmp_path)) == []
 
 
 def test_checkpoints_of_before_the_number_are_brought_up_to_date(tmp_path, monkeypatch):
