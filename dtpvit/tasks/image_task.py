@@ -37,9 +37,11 @@ class ImageTask(lightning.LightningModule):
 
     Attributes:
         learns_from_batch: Whether a sample's loss depends on the others in its batch.
+        judged_on: What was last said of the samples that a validation was of.
     """
 
     learns_from_batch = False
+    judged_on = ""
 
     pixel_mean: Tensor
     pixel_std: Tensor
