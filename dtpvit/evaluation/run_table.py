@@ -22,11 +22,22 @@ QUALITY: dict[str, str] = {
 }
 """Metrics of a validation that are shares, and their titles; the first that a group has is the one it is judged by."""
 
+JUDGED_ON: dict[str, str] = {
+    "val/images": "judged on, images",
+    "val/pairs": "judged on, pairs",
+    "val/zeroshot_images": "judged on, zero-shot images",
+    "val/conversations": "judged on, conversations",
+    "val/answers": "judged on, answers",
+}
+"""Metrics of a validation that say how many samples the others are of, and their titles."""
+
 COLUMNS: dict[str, str] = {
     "model": "What the config builds; a reducer acts before or in the block that is named, counted from 0.",
     "GMACs": "Multiply-accumulates of an image in its encoder, / 1e9, mean of the last validation; ≈: no validation "
     "says, so that of the untrained model at its nominal rate, on random pixels.",
     "epochs": "Worked through, of those asked for.",
+    "judged on": "How many the figures of the last validation are of, over all processes, without what could not be "
+    "read. Runs from before this was logged have none.",
     "memory, MiB": "Mean over epochs of the most that a process held in training: on a GPU what torch allocated, else "
     "the resident set.",
     "step, s": "Mean over all training steps, waiting for data included.",
@@ -78,6 +89,7 @@ class ComparedRun:
             "patch": self.model.patch,
             "epochs": self._epochs(),
             **{title: _number(record.last(metric), ".1f", 100) for metric, title in QUALITY.items()},
+            **{title: _number(record.last(metric), ".0f") for metric, title in JUDGED_ON.items()},
             "memory, MiB": _number(record.mean("peak_memory_mib"), ".0f"),
             "step, s": _number(record.mean("step_seconds"), ".3g"),
             "images/s": _number(record.mean("samples_per_second"), ".1f"),
@@ -97,6 +109,13 @@ class ComparedRun:
         if len(record.starts) > 1:
             found.append(f"continued {len(record.starts) - 1} times" if len(record.starts) > 2 else "continued once")
         found += [f"{count} records skipped: {cause}" for cause, count in record.skipped.items()]
+        if not record.skipped and (causes := record.skipped_samples()):
+            told = ", ".join(f"{cause} {count}" for cause, count in causes.items())
+            found.append(f"skipped samples: up to {sum(causes.values())} an epoch ({told})")
+        if left_out := record.left_out():
+            found.append(f"left out of the last validation: {left_out}")
+        if steps := record.last("train/skipped_steps"):
+            found.append(f"skipped steps: {steps:.0f}")
         return found
 
     @property
@@ -143,7 +162,7 @@ class RunGroup:
     def table(self) -> tuple[list[str], list[list[str]]]:
         """Titles behind the name, and each run's cells, without the columns that no run fills."""
         rows = [run.cells() for run in self.runs]
-        order = ["model", "GMACs", "resolution", "patch", "epochs", *QUALITY.values()]
+        order = ["model", "GMACs", "resolution", "patch", "epochs", *QUALITY.values(), *JUDGED_ON.values()]
         order += ["memory, MiB", "step, s", "images/s", "tokens", "compression", "remarks"]
         titles = [title for title in order if any(title in row for row in rows)]
         return titles, [[row.get(title, "") for title in titles] for row in rows]

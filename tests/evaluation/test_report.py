@@ -137,11 +137,42 @@ def test_the_table_says_what_the_runs_logged(project):
     assert len(seconds) == 2 and float(first["step, s"]) == pytest.approx(sum(seconds) / 2, rel=0.01)
     assert (first["resolution"], first["patch"], first["epochs"]) == ("16", "4", "2")
     assert first["model"] == "ViT of 2 blocks, width 32, DynamicPooling 4x at block 1"
+    assert first["judged on, images"] == "12" and "judged on, images" not in clip.runs[0].cells()
     assert second["model"].endswith("dense") and (second["tokens"], second["compression"]) == ("17.0", "1.00")
     assert first["remarks"] == "continued once" and "remarks" not in second
     (cells,) = (run.cells() for run in clip.runs)
     assert cells["GMACs"].startswith("≈ 0.0") and cells["remarks"] == "no validation yet"
     assert [panel.title for panel in panels(clip)] == ["Training loss", "Boundary rate", "Tokens in training"]
+
+
+def test_a_row_says_what_was_skipped_and_what_the_figures_are_of(project):
+    """Two broken images to train on and one to validate on, and a NaN in the gradient of one step."""
+    shutil.copytree("images", "judged")
+    for path in ("images/ant/0.png", "images/fox/11.png", "judged/bee/2.png"):
+        Path(path).write_bytes(b"<html>404</html>")
+    options = ["--config", "small.yaml", "--name", "bad", "--data.init_args.val", "judged"]
+    assert main(["fit", *options, "--trainer.callbacks+=labelled.SpoilGradient"]) == 0
+    (group,) = grouped(read_runs(["runs/bad"]))
+    cells = group.runs[0].cells()
+    epochs = [int(count) for count in logged("bad", "metrics.csv", "data/skipped/broken_image")]
+    assert max(epochs) >= 2 and cells["judged on, images"] == "11"
+    said = f"skipped samples: up to {max(epochs)} an epoch (broken image {max(epochs)}); "
+    said += "left out of the last validation: 1; skipped steps: 1"
+    assert cells["remarks"] == said
+    page, text = report("runs/bad")
+    assert said in page and said in text and "judged on,<br>images" in page
+
+
+def test_what_was_skipped_is_that_of_the_worst_epoch_and_of_the_last_validation(tmp_path):
+    """The second epoch was continued in its middle, by a process that saw two of its bad samples."""
+    rows = ["epoch,step,data/skipped/broken_image,data/skipped/no_caption,val/pairs,val/skipped,train/skipped_steps"]
+    rows += ["0,9,10,2,,,", "0,9,,,8,1,", "0,9,,,,,2", "1,19,2,,,,", "1,19,,,9,,", "1,19,,,,,3"]
+    (tmp_path / "metrics.csv").write_text("\n".join(rows))
+    (group,) = grouped(read_runs([str(tmp_path)]))
+    cells = group.runs[0].cells()
+    assert cells["judged on, pairs"] == "9"
+    said = "; skipped samples: up to 12 an epoch (broken image 10, no caption 2); skipped steps: 3"
+    assert cells["remarks"].endswith(said)
 
 
 def test_an_instruction_run_whose_encoder_comes_from_another_run(project, monkeypatch):
