@@ -296,6 +296,12 @@ def test_the_model_of_every_config_is_named(path):
         assert ("dense" in path.stem) == model.name.endswith("dense") and ("4x" in path.stem) <= ("4x" in model.name)
 
 
+def test_a_model_that_says_nothing_of_itself_is_of_the_default_size(tmp_path):
+    options = {"accum_freq": 1, "model": {"embed_dim": 8, "vision": {"reducers": {}}, "text": {}}}
+    model = run_model(RunRecord(tmp_path, config={"model": {"init_args": options}}))
+    assert (model.name, model.resolution, model.patch) == ("ViT of 12 blocks, width 768, dense", "224", "16")
+
+
 def test_broken_files_are_remarked_upon(project):
     folder = Path("runs/pooled")
     (folder / "config.yaml").write_text("model: [")
