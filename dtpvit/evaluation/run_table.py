@@ -23,27 +23,27 @@ QUALITY: dict[str, str] = {
 """Metrics of a validation that are shares, and their titles; the first that a group has is the one it is judged by."""
 
 JUDGED_ON: dict[str, str] = {
-    "val/images": "judged on, images",
-    "val/pairs": "judged on, pairs",
-    "val/zeroshot_images": "judged on, zero-shot images",
-    "val/conversations": "judged on, conversations",
-    "val/answers": "judged on, answers",
+    "val/images": "images",
+    "val/pairs": "pairs",
+    "val/zeroshot_images": "images for zero-shot",
+    "val/conversations": "conversations",
+    "val/answers": "answers",
 }
-"""Metrics of a validation that say how many samples the others are of, and their titles."""
+"""Metrics of a validation that say how many samples the others are of, and their words."""
 
 COLUMNS: dict[str, str] = {
     "model": "What the config builds; a reducer acts before or in the block that is named, counted from 0.",
     "GMACs": "Multiply-accumulates of an image in its encoder, / 1e9, mean of the last validation; ≈: no validation "
     "says, so that of the untrained model at its nominal rate, on random pixels.",
     "epochs": "Worked through, of those asked for.",
-    "judged on": "How many the figures of the last validation are of, over all processes, without what could not be "
-    "read. Runs from before this was logged have none.",
     "memory, MiB": "Mean over epochs of the most that a process held in training: on a GPU what torch allocated, else "
     "the resident set.",
     "step, s": "Mean over all training steps, waiting for data included.",
     "images/s": "Samples of all processes in a second of training, mean over steps.",
     "tokens": "Of an image behind the last reducer, mean of the last validation; else of the last epoch of training.",
     "compression": "Patches in for each patch token out, in the last epoch of training.",
+    "remarks": "Among others, what the figures of the last validation are of, over all processes and without what "
+    "could not be read, and the samples skipped by the epoch that skipped most.",
 }
 """Columns that need a word, and the word."""
 
@@ -89,7 +89,6 @@ class ComparedRun:
             "patch": self.model.patch,
             "epochs": self._epochs(),
             **{title: _number(record.last(metric), ".1f", 100) for metric, title in QUALITY.items()},
-            **{title: _number(record.last(metric), ".0f") for metric, title in JUDGED_ON.items()},
             "memory, MiB": _number(record.mean("peak_memory_mib"), ".0f"),
             "step, s": _number(record.mean("step_seconds"), ".3g"),
             "images/s": _number(record.mean("samples_per_second"), ".1f"),
@@ -100,12 +99,15 @@ class ComparedRun:
         return {name: text for name, text in found.items() if text}
 
     def remarks(self) -> list[str]:
-        """What is missing, cannot be read, or happened on the way."""
+        """What is missing, cannot be read, or happened on the way, and what the figures are of."""
         record, found = self.record, list(self.record.missing)
         if self.unfinished:
             found.insert(0, f"in epoch {(record.epochs or 0) + 1} of {self._asked}: stopped, or still training")
         if record.curves and not any(name.startswith("val/") for name in record.curves):
             found.append("no validation yet")
+        judged_on = {word: record.last(metric) for metric, word in JUDGED_ON.items()}
+        if told := ", ".join(f"{count:.0f} {word}" for word, count in judged_on.items() if count is not None):
+            found.append(f"judged on {told}")
         if len(record.starts) > 1:
             found.append(f"continued {len(record.starts) - 1} times" if len(record.starts) > 2 else "continued once")
         found += [f"{count} records skipped: {cause}" for cause, count in record.skipped.items()]
@@ -162,7 +164,7 @@ class RunGroup:
     def table(self) -> tuple[list[str], list[list[str]]]:
         """Titles behind the name, and each run's cells, without the columns that no run fills."""
         rows = [run.cells() for run in self.runs]
-        order = ["model", "GMACs", "resolution", "patch", "epochs", *QUALITY.values(), *JUDGED_ON.values()]
+        order = ["model", "GMACs", "resolution", "patch", "epochs", *QUALITY.values()]
         order += ["memory, MiB", "step, s", "images/s", "tokens", "compression", "remarks"]
         titles = [title for title in order if any(title in row for row in rows)]
         return titles, [[row.get(title, "") for title in titles] for row in rows]
