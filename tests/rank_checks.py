@@ -89,7 +89,7 @@ def guard(folder):
     watch, found = NonFiniteGuard(3), []
     for bad in (True, False, True):
         parameter.grad = torch.full((3,), float("nan") if bad and rank() == world() - 1 else 1.0)
-        watch.after_backward(torch.ones(()), [parameter], scaled=False)
+        watch.after_backward(torch.ones(()), [parameter])
         found.append((parameter.grad is None, watch.skipped, watch.in_a_row))
     save(folder, "guard", found)
 

@@ -85,8 +85,11 @@ def test_a_checkpoint_alone_is_enough_and_gives_what_the_config_gives(project, c
     assert main(["validate", "--config", "small.yaml", "--ckpt_path", "last"]) == 0
     said = capsys.readouterr()
     found = figures(said.out)
-    assert set(found) == {f"val/{n}" for n in ("acc1", "acc5", "loss", "tokens", "tokens_min", "tokens_max", "gmacs")}
-    assert said.err.splitlines() == [said.err.strip()] and f"validate of small from {LAST}" in said.err
+    names = ("acc1", "acc5", "loss", "tokens", "tokens_min", "tokens_max", "gmacs", "images")
+    assert set(found) == {f"val/{name}" for name in names}
+    first, second = said.err.splitlines()
+    assert f"validate of small from {LAST}" in first
+    assert second == f"dtpvit: validation of {found['val/images']:.0f} images"
     assert main(["validate", "--ckpt_path", LAST]) == 0
     assert figures(capsys.readouterr().out) == found
     assert main(["test", "--ckpt_path", LAST, "--data", "val"]) == 0
@@ -114,9 +117,7 @@ def test_images_that_cannot_be_read_are_counted(project, capsys):
     class_folders(project / "damaged")
     (project / "damaged/bee/2.png").write_bytes(b"no image")
     assert main(["validate", "--ckpt_path", LAST, "--data", "damaged"]) == 0
-    assert (
-        "could not be read or have no label, and do not count: 1, such as damaged/bee/2.png" in capsys.readouterr().err
-    )
+    assert "; left out: 1 unreadable or incomplete, such as damaged/bee/2.png" in capsys.readouterr().err
 
 
 MISTAKES = {

@@ -75,6 +75,7 @@ def test_validation_counts_every_sample_once(together):
     one, two = found(together, "validation")
     assert two[0] == two[1] == pytest.approx(one, rel=1e-5)
     assert {"val/zeroshot_acc1", "val/text_retrieval_recall@5", "val/tokens"} <= set(one)
+    assert (one["val/pairs"], one["val/zeroshot_images"]) == (11, 9)
     assert one["val/zeroshot_acc1"] * 9 == pytest.approx(round(one["val/zeroshot_acc1"] * 9))
 
 

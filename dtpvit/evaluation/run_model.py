@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 
+from dtpvit.encoder import VisionEncoder
 from dtpvit.encoder.presets import preset
 from dtpvit.errors import UserError
 from dtpvit.evaluation.run_record import RunRecord
@@ -19,6 +21,7 @@ from dtpvit.interop.model_config import replaced, with_vision
 __all__ = ["TASKS", "RunModel", "nominal_gmacs", "run_model", "run_task"]
 
 TASKS = ("Classification", "Contrastive", "Instruction")
+_DEFAULTS = {name: entry.default for name, entry in inspect.signature(VisionEncoder).parameters.items()}
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,9 @@ def _vision(options: Mapping[str, Any], encoder: Any) -> dict[str, Any]:
 
 def _entry(vision: Mapping[str, Any], name: str) -> Any:
     given = (vision.get("encoder") or {}).get("init_args") or vision
-    return given.get(name) or (preset(vision["preset"])[name] if "preset" in vision else None)
+    if "preset" in vision:
+        return given.get(name) or preset(vision["preset"])[name]
+    return given.get(name) or (_DEFAULTS.get(name) if given is vision and vision else None)
 
 
 def _pixels(size: Any) -> str:
@@ -108,7 +113,7 @@ def _trunk(vision: Mapping[str, Any], options: Mapping[str, Any]) -> str:
     if not vision:  # an instruction run whose encoder comes from a checkpoint
         init = Path(str(options.get("init") or ""))
         return init.parent.parent.name if init.parent.name == "checkpoints" else init.name
-    return f"ViT of {vision['depth']} blocks, width {vision['dim']}"
+    return f"ViT of {_entry(vision, 'depth')} blocks, width {_entry(vision, 'dim')}"
 
 
 def _reducers(vision: Mapping[str, Any]) -> str:

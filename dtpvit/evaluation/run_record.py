@@ -40,7 +40,7 @@ class RunRecord:
         efficiency: Rows of ``efficiency.csv``, by epoch.
         starts: Entries of ``versions.json``, the first start and every continuation.
         picture: The last one of ``SegmentMonitor``.
-        skipped: Records that could not be used, by cause.
+        skipped: Records that could not be used, by cause, as ``skipped.jsonl`` lists them.
         missing: What is not there or cannot be read, in words.
     """
 
@@ -66,6 +66,25 @@ class RunRecord:
     def last(self, metric: str) -> float | None:
         """The last value of a metric; None without any."""
         return self.curves[metric][-1][1] if self.curves.get(metric) else None
+
+    def skipped_samples(self) -> dict[str, int]:
+        """What the training left out, by cause, in the epoch that left out most.
+
+        Each epoch counts anew, from where its process began: of one that a continuation took up, only the rest.
+        """
+        epochs = dict[int, dict[str, int]]()
+        for name, points in self.curves.items():
+            if name.startswith("data/skipped/"):
+                cause = name.removeprefix("data/skipped/").replace("_", " ")
+                for step, count in points:
+                    epochs.setdefault(step, {})[cause] = round(count)
+        return max(epochs.values(), key=lambda causes: sum(causes.values()), default={})
+
+    def left_out(self) -> int:
+        """Samples that the last validation could not use; a validation that used all logs no number."""
+        steps = [points[-1][0] for name, points in self.curves.items() if name.startswith("val/") and points]
+        step, count = next(reversed(self.curves.get("val/skipped", [])), (-1, 0.0))
+        return round(count) if step == max(steps, default=-1) else 0
 
     def mean(self, column: str) -> float | None:
         """Mean of a column of ``efficiency.csv`` over the steps of all epochs; None where nobody knows."""

@@ -22,6 +22,15 @@ QUALITY: dict[str, str] = {
 }
 """Metrics of a validation that are shares, and their titles; the first that a group has is the one it is judged by."""
 
+JUDGED_ON: dict[str, str] = {
+    "val/images": "images",
+    "val/pairs": "pairs",
+    "val/zeroshot_images": "images for zero-shot",
+    "val/conversations": "conversations",
+    "val/answers": "answers",
+}
+"""Metrics of a validation that say how many samples the others are of, and their words."""
+
 COLUMNS: dict[str, str] = {
     "model": "What the config builds; a reducer acts before or in the block that is named, counted from 0.",
     "GMACs": "Multiply-accumulates of an image in its encoder, / 1e9, mean of the last validation; ≈: no validation "
@@ -33,6 +42,8 @@ COLUMNS: dict[str, str] = {
     "images/s": "Samples of all processes in a second of training, mean over steps.",
     "tokens": "Of an image behind the last reducer, mean of the last validation; else of the last epoch of training.",
     "compression": "Patches in for each patch token out, in the last epoch of training.",
+    "remarks": "Among others, what the figures of the last validation are of, over all processes and without what "
+    "could not be read, and the samples skipped by the epoch that skipped most.",
 }
 """Columns that need a word, and the word."""
 
@@ -88,15 +99,25 @@ class ComparedRun:
         return {name: text for name, text in found.items() if text}
 
     def remarks(self) -> list[str]:
-        """What is missing, cannot be read, or happened on the way."""
+        """What is missing, cannot be read, or happened on the way, and what the figures are of."""
         record, found = self.record, list(self.record.missing)
         if self.unfinished:
             found.insert(0, f"in epoch {(record.epochs or 0) + 1} of {self._asked}: stopped, or still training")
         if record.curves and not any(name.startswith("val/") for name in record.curves):
             found.append("no validation yet")
+        judged_on = {word: record.last(metric) for metric, word in JUDGED_ON.items()}
+        if told := ", ".join(f"{count:.0f} {word}" for word, count in judged_on.items() if count is not None):
+            found.append(f"judged on {told}")
         if len(record.starts) > 1:
             found.append(f"continued {len(record.starts) - 1} times" if len(record.starts) > 2 else "continued once")
         found += [f"{count} records skipped: {cause}" for cause, count in record.skipped.items()]
+        if not record.skipped and (causes := record.skipped_samples()):
+            told = ", ".join(f"{cause} {count}" for cause, count in causes.items())
+            found.append(f"skipped samples: up to {sum(causes.values())} an epoch ({told})")
+        if left_out := record.left_out():
+            found.append(f"left out of the last validation: {left_out}")
+        if steps := record.last("train/skipped_steps"):
+            found.append(f"skipped steps: {steps:.0f}")
         return found
 
     @property

@@ -28,7 +28,7 @@ from dtpvit.tasks.image_task import ImageTask
 from dtpvit.tasks.learning_modes import CompressionWarmup, Mode, freeze, set_training
 from dtpvit.tasks.mixing import Mixing, MixingOptions, seed_of_batch
 from dtpvit.tasks.optimization import layer_groups, optimizer_and_schedule
-from dtpvit.tasks.skipped_samples import report_unread
+from dtpvit.tasks.skipped_samples import log_validation
 from dtpvit.tasks.token_count import TokenCount
 
 __all__ = ["Classification"]
@@ -264,10 +264,7 @@ class Classification(ImageTask):
 
     def on_validation_epoch_end(self) -> None:
         stage = "test" if self.trainer.testing else "val"
-        for name, value in self.validation.results().items():
-            self.log(f"{stage}/{name}", value, prog_bar=name == "acc1")
-        if not self.trainer.sanity_checking:
-            report_unread(self)
+        log_validation(self, self.validation.results(), shown=("acc1",), stage=stage)
 
     on_test_epoch_start = on_validation_epoch_start
     on_test_epoch_end = on_validation_epoch_end

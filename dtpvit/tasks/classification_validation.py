@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
-from torchmetrics import MaxMetric, MeanMetric, Metric, MinMetric
+from torchmetrics import MaxMetric, MeanMetric, Metric, MinMetric, SumMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 __all__ = ["ClassificationValidation"]
 
 
 class ClassificationValidation(nn.Module):
-    """Figures of one pass over labelled images, summed over all ranks.
+    """Figures of one pass over labelled images, summed over all ranks; ``images`` is how many there were.
 
     Args:
         num_classes: C; top-5 accuracy is left out where there are no more than five.
@@ -24,7 +25,7 @@ class ClassificationValidation(nn.Module):
             for name, k in top.items()
         }
         metrics |= {name: MeanMetric() for name in ("loss", "tokens", "gmacs")}
-        metrics |= {"tokens_min": MinMetric(), "tokens_max": MaxMetric()}
+        metrics |= {"tokens_min": MinMetric(), "tokens_max": MaxMetric(), "images": SumMetric()}
         self.metrics = nn.ModuleDict(metrics)
 
     def reset(self) -> None:
@@ -43,7 +44,7 @@ class ClassificationValidation(nn.Module):
             macs: Of each image, shape (B,).
         """
         counts = tokens.float()
-        figures = {"loss": loss.float(), "gmacs": macs.float() / 1e9}
+        figures = {"loss": loss.float(), "gmacs": macs.float() / 1e9, "images": torch.ones_like(counts)}
         for name, metric in self._metrics().items():
             if name.startswith("acc"):
                 metric.update(logits, labels)

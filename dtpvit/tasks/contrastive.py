@@ -23,6 +23,7 @@ from dtpvit.tasks.accumulation import Batch, CachedStep, Features, average_gradi
 from dtpvit.tasks.contrastive_validation import ContrastiveValidation
 from dtpvit.tasks.image_task import ImageTask
 from dtpvit.tasks.optimization import decay_groups, optimizer_and_schedule
+from dtpvit.tasks.skipped_samples import log_validation
 from dtpvit.tasks.token_count import TokenCount
 
 __all__ = ["Contrastive"]
@@ -206,9 +207,7 @@ class Contrastive(ImageTask):
         self.validation.step(self, batch)
 
     def on_validation_epoch_end(self) -> None:
-        for name, value in self.validation.results().items():
-            shown = name in ("zeroshot_acc1", "text_retrieval_recall@1")
-            self.log(f"val/{name}", value, prog_bar=shown, add_dataloader_idx=False)
+        log_validation(self, self.validation.results(), shown=("zeroshot_acc1", "text_retrieval_recall@1"))
 
     on_test_epoch_start = on_validation_epoch_start
     on_test_epoch_end = on_validation_epoch_end

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
-from torchmetrics import MeanMetric
+from torchmetrics import MeanMetric, Metric, SumMetric
 
 from dtpvit.encoder.ops.collectives import gather_columns
 from dtpvit.evaluation.classifier import build_classifier, label_ranks
@@ -29,6 +29,7 @@ class ContrastiveValidation(nn.Module):
         self.acc1, self.acc5 = MeanMetric(), MeanMetric()
         self.tokens, self.rate, self.zeroshot_tokens = MeanMetric(), MeanMetric(), MeanMetric()
         self.gmacs = MeanMetric()  # of the image tower, projection included
+        self.zeroshot_images = SumMetric()
         self._classifier: Tensor | None = None
         self._column = torch.zeros(0, dtype=torch.int64)
         self._width = 0
@@ -36,8 +37,9 @@ class ContrastiveValidation(nn.Module):
 
     def start(self, task: Contrastive) -> None:
         """Forget the last pass and encode the class prompts with the weights of now."""
-        for metric in (self.acc1, self.acc5, self.tokens, self.rate, self.zeroshot_tokens, self.gmacs):
-            metric.reset()
+        for metric in self.children():
+            if isinstance(metric, Metric):
+                metric.reset()
         self._pairs.clear()
         prompts: tuple[list[str], list[Callable[[str], str]]] | None
         data: Any = getattr(task.trainer, "datamodule", None)
@@ -71,11 +73,12 @@ class ContrastiveValidation(nn.Module):
             label = self._column.to(image.device)[batch["label"]]
             ranks = label_ranks(image, self._classifier, label)
             self.zeroshot_tokens.update(lengths)
+            self.zeroshot_images.update(float(len(lengths)))
             self.acc1.update((ranks < 1).to(torch.float32))
             self.acc5.update((ranks < 5).to(torch.float32))
 
     def results(self) -> dict[str, float | Tensor]:
-        """All figures of the pass, the same on all ranks."""
+        """All figures of the pass, the same on all ranks; ``pairs`` and ``zeroshot_images`` are how many there were."""
         found: dict[str, float | Tensor] = {}
         # Every rank takes part in every collective, also one that was left without a pair.
         sides = zip(*self._pairs, strict=True) if self._pairs else [(torch.zeros(0, self._width),)] * 2
@@ -83,12 +86,14 @@ class ContrastiveValidation(nn.Module):
         image, text = (gather_columns(torch.cat(tuple(side)).to(device).T).T for side in sides)
         self._pairs.clear()
         if len(image):
+            found["pairs"] = float(len(image))
             found["tokens"], found["boundary_rate"] = self.tokens.compute(), self.rate.compute()
             places = torch.arange(len(image), device=device)
             found |= recall_at_k(image, text, torch.stack((places, places), dim=1))
         if self._classifier is not None:
             found["zeroshot_acc1"], found["zeroshot_acc5"] = self.acc1.compute(), self.acc5.compute()
             found["zeroshot_tokens"] = self.zeroshot_tokens.compute()
+            found["zeroshot_images"] = self.zeroshot_images.compute()
         if found:
             found["gmacs"] = self.gmacs.compute()
         return found

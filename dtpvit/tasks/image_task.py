@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -28,6 +29,7 @@ __all__ = ["ImageTask"]
 
 logger = logging.getLogger(__name__)
 _CHECKED_EVERY = 64  # batches
+_COUNTS = ("skipped", "in_a_row", "searched")  # of the guard, that checkpoints keep
 
 
 class ImageTask(lightning.LightningModule):
@@ -35,9 +37,11 @@ class ImageTask(lightning.LightningModule):
 
     Attributes:
         learns_from_batch: Whether a sample's loss depends on the others in its batch.
+        judged_on: What was last said of the samples that a validation was of.
     """
 
     learns_from_batch = False
+    judged_on = ""
 
     pixel_mean: Tensor
     pixel_std: Tensor
@@ -133,14 +137,23 @@ class ImageTask(lightning.LightningModule):
         if self.is_sharded:
             average_gradients(parameter for parameter in self.parameters() if not isinstance(parameter, DTensor))
         self.trunk.after_backward()
-        scaled = self.trainer.precision == "16-mixed"
-        if self.guard.after_backward(self._last_loss, self.parameters(), scaled=scaled):
+        if self.guard.after_backward(self._last_loss, self.parameters(), scale=self._loss_scale):
             self.suspects.acquit()
         else:
             self.suspects.keep(epoch=self.current_epoch, step=self.global_step, loss=self._last_loss)
             self.guard.give_up(self._list_suspects() if self.guard.in_a_row >= self.guard.patience else "")
         if self.guard.skipped:
             self.log("train/skipped_steps", float(self.guard.skipped))
+        if self.guard.searched:
+            self.log("train/scaler_skipped_steps", float(self.guard.searched))
+
+    @property
+    def _loss_scale(self) -> float | None:
+        """Of the gradient scaler (fp16), which DeepSpeed keeps to itself; None without one."""
+        if self.trainer.precision != "16-mixed":
+            return None
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        return math.inf if scaler is None else scaler.get_scale()
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         # At the first few batches, which are long in coming if hardly a sample can be used, and at times from then on.
@@ -154,12 +167,12 @@ class ImageTask(lightning.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[FORMAT_KEY] = FORMAT
-        checkpoint["nonfinite"] = {"skipped": self.guard.skipped, "in_a_row": self.guard.in_a_row}
+        checkpoint["nonfinite"] = {name: getattr(self.guard, name) for name in _COUNTS}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         migrate(checkpoint, "the checkpoint")
-        counts = checkpoint.get("nonfinite", {"skipped": 0, "in_a_row": 0})
-        self.guard.skipped, self.guard.in_a_row = counts["skipped"], counts["in_a_row"]
+        for name in _COUNTS:
+            setattr(self.guard, name, checkpoint.get("nonfinite", {}).get(name, 0))
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **options: Any) -> Self:  # pyright: ignore

@@ -25,6 +25,7 @@ from dtpvit.tasks.image_task import ImageTask
 from dtpvit.tasks.instruction_parts import TuneLanguage, TuneVision, freeze_parts, part_groups, set_part_modes
 from dtpvit.tasks.instruction_validation import InstructionValidation
 from dtpvit.tasks.optimization import optimizer_and_schedule
+from dtpvit.tasks.skipped_samples import log_validation
 from dtpvit.tasks.token_count import TokenCount
 
 __all__ = ["Instruction"]
@@ -225,8 +226,7 @@ class Instruction(ImageTask):
         self.validation.update(self._read(batch), self.trunk)
 
     def on_validation_epoch_end(self) -> None:
-        for name, value in self.validation.results().items():
-            self.log(f"val/{name}", value, prog_bar=name in ("exact", "loss"))
+        log_validation(self, self.validation.results(), shown=("exact", "loss"))
 
     on_test_epoch_start = on_validation_epoch_start
     on_test_epoch_end = on_validation_epoch_end

@@ -22,13 +22,14 @@ class InstructionValidation(nn.Module):
     ``loss``: mean over supervised tokens. ``exact``: share of answers of which every token is the most likely one after
     the true ones before it: for the first answer of a conversation the same as greedy generation's exact match.
     ``visual_tokens``, ``gmacs``: of an image, in its encoder. ``cut_tokens``: text tokens that did not fit into
-    ``max_length``.
+    ``max_length``. ``conversations``, ``answers``: how many there were.
     """
 
     def __init__(self) -> None:
         super().__init__()
         metrics: dict[str, Metric] = {name: MeanMetric() for name in ("loss", "exact", "visual_tokens", "gmacs")}
-        metrics |= {"visual_tokens_min": MinMetric(), "visual_tokens_max": MaxMetric(), "cut_tokens": SumMetric()}
+        metrics |= {"visual_tokens_min": MinMetric(), "visual_tokens_max": MaxMetric()}
+        metrics |= {name: SumMetric() for name in ("cut_tokens", "conversations", "answers")}
         self.metrics = nn.ModuleDict(metrics)
 
     def reset(self) -> None:
@@ -40,9 +41,12 @@ class InstructionValidation(nn.Module):
         """Take in a batch, whose images ``trunk`` has encoded."""
         metrics = self._metrics()
         metrics["cut_tokens"].update(read.cut.sum())
+        metrics["conversations"].update(float(len(read.cut)))
         if len(read.targets):
             metrics["loss"].update(cross_entropy(read.logits, read.targets, reduction="none"))
-            metrics["exact"].update(exact_answers(read))
+            exact = exact_answers(read)
+            metrics["exact"].update(exact)
+            metrics["answers"].update(float(len(exact)))
         if read.encoding is not None:
             metrics["gmacs"].update(image_macs(trunk, read.encoding).float() / 1e9)
             tokens = read.encoding.tokens

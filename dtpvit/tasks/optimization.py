@@ -147,14 +147,22 @@ def clip_shards(parameters: Iterable[nn.Parameter], limit: float, algorithm: str
 class NonFiniteGuard:
     """Skips a step whose loss or gradient is NaN or infinite on any rank, and counts such steps.
 
+    A gradient scaler (fp16) makes gradients overflow on purpose while it looks for its scale, which it halves after
+    each such step. Down to a scale of 1 that is a search, and counted apart; at 1 and below the gradients overflow by
+    themselves, which means what it means without a scaler.
+
     Args:
         patience: Consecutive skipped steps after which the run stops.
+
+    Attributes:
+        skipped: Steps in all, without those of a search.
+        in_a_row: Of these, the ones since the last sound step.
+        searched: Steps that a scaler left out in search of its scale.
     """
 
     def __init__(self, patience: int) -> None:
         self.patience = patience
-        self.skipped = 0
-        self.in_a_row = 0
+        self.skipped = self.in_a_row = self.searched = 0
 
     def finite_everywhere(self, values: Iterable[Tensor]) -> bool:
         """Whether all values are finite on all ranks."""
@@ -164,26 +172,29 @@ class NonFiniteGuard:
             torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MIN)
         return bool(flag.item())
 
-    def after_backward(self, loss: Tensor, parameters: Iterable[nn.Parameter], *, scaled: bool) -> bool:
+    def after_backward(self, loss: Tensor, parameters: Iterable[nn.Parameter], *, scale: float | None = None) -> bool:
         """Drop all gradients if the loss or one of them is not finite, so that the optimizer's step changes nothing.
 
         Args:
             loss: Of this rank.
-            parameters: Of the model.
-            scaled: Whether a gradient scaler (fp16) looks after the gradients; it expects to overflow at times and
-                skips such steps itself, so that only the loss is looked at and nothing is dropped.
+            parameters: Of the model, whose gradients a scaler has already unscaled.
+            scale: That a gradient scaler multiplied the loss by, which skips the step itself, so that nothing is
+                dropped; None without a scaler.
 
         Returns:
             Whether the step is sound, the same on all ranks.
         """
         parameters = list(parameters)
-        grads = [] if scaled else [parameter.grad for parameter in parameters if parameter.grad is not None]
+        grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
         if self.finite_everywhere([loss, *grads]):
             self.in_a_row = 0
             return True
-        if not scaled:
+        if scale is None:
             for parameter in parameters:
                 parameter.grad = None
+        elif scale > 1 and self.finite_everywhere([loss]):
+            self.searched += 1
+            return False
         self.skipped += 1
         self.in_a_row += 1
         return False

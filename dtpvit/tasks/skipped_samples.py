@@ -1,29 +1,45 @@
-"""Telling, at the end of an epoch, which samples the loaders could not use."""
+"""Telling, at the end of an epoch and of a validation, which samples the loaders could not use."""
 
 from __future__ import annotations
 
 import logging
-from typing import Any
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import lightning
+import torch
+from torch import Tensor
 
 from dtpvit.datamodules.bad_share import Seen, too_many_bad
 from dtpvit.datamodules.samples import CAUSES
 from dtpvit.encoder.ops.collectives import add_up, gather_objects
 
-__all__ = ["check_skipped", "report_skipped", "report_unread"]
+if TYPE_CHECKING:
+    from dtpvit.tasks.image_task import ImageTask
+
+__all__ = ["JUDGED_ON", "check_skipped", "log_validation", "report_skipped"]
 
 logger = logging.getLogger(__name__)
+JUDGED_ON = {
+    "images": "images",
+    "pairs": "pairs",
+    "zeroshot_images": "images for zero-shot",
+    "conversations": "conversations",
+    "answers": "answers",
+}
+"""Figures of a validation that are numbers of samples, and their words."""
+
+_UNREAD = "unreadable or incomplete"
 
 
 def report_skipped(task: lightning.LightningModule) -> None:
     """Log the samples that could not be used, by cause, over all ranks, which call this together."""
-    skipped = _skipped_on_all_ranks(task)
+    skipped = _on_all_ranks([task.trainer.train_dataloader], task.device)
     for cause, count in skipped.items():
         task.log(f"data/skipped/{cause.replace(' ', '_')}", float(count))
     if skipped and task.trainer.is_global_zero:
-        causes = ", ".join(f"{count} {cause}" for cause, count in skipped.items())
-        logger.warning("epoch %d: skipped %s", task.current_epoch + 1, causes)
+        logger.warning("epoch %d: skipped %s", task.current_epoch + 1, _in_words(skipped))
 
 
 def check_skipped(task: lightning.LightningModule) -> None:
@@ -42,25 +58,59 @@ def check_skipped(task: lightning.LightningModule) -> None:
     seen = Seen(*add_up(*loader.seen, device=task.device))
     if too_many_bad(seen, max_skipped, {}, []):
         examples = gather_objects(loader.examples)
-        error = too_many_bad(seen, max_skipped, _skipped_on_all_ranks(task), [one for rank in examples for one in rank])
+        skipped = _on_all_ranks([loader], task.device)
+        error = too_many_bad(seen, max_skipped, skipped, [one for rank in examples for one in rank])
         assert error is not None
         raise error
 
 
-def _skipped_on_all_ranks(task: lightning.LightningModule) -> dict[str, int]:
-    mine = getattr(task.trainer.train_dataloader, "skipped", {})
-    mine = mine if isinstance(mine, dict) else {}
-    counts = add_up(*(mine.get(cause, 0) for cause in CAUSES), device=task.device)
-    return {cause: count for cause, count in zip(CAUSES, counts, strict=True) if count}
+def log_validation(
+    task: ImageTask, figures: Mapping[str, float | Tensor], *, shown: Sequence[str] = (), stage: str = "val"
+) -> None:
+    """Log a validation's figures, what they are of and what they are without; the ranks call this together.
 
+    What they are of goes to the loggers with them, and what was left out as ``skipped``. Both are said in a line after
+    the first validation, and again where one says something else.
 
-def report_unread(task: lightning.LightningModule) -> None:
-    """Log how many images an evaluation is without, over all ranks, which call this together."""
+    Args:
+        task: That was validated.
+        figures: The same on all ranks; those that ``JUDGED_ON`` names are numbers of samples.
+        shown: Figures that the progress bar has.
+        stage: Goes before the names.
+    """
     trainer = task.trainer
     loaders: Any = trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
     loaders = loaders if isinstance(loaders, list) else [loaders]
-    (count,) = add_up(sum(getattr(loader, "skipped", 0) for loader in loaders), device=task.device)
-    if count and trainer.is_global_zero:
-        broken = [name for loader in loaders for name in getattr(loader, "broken", [])]
-        such_as = f", such as {broken[0]}" if broken else ""
-        logger.warning("images that could not be read or have no label, and do not count: %d%s", count, such_as)
+    skipped = _on_all_ranks(loaders, task.device)
+    for name, value in {**figures, **({"skipped": float(sum(skipped.values()))} if skipped else {})}.items():
+        task.log(f"{stage}/{name}", value, prog_bar=name in shown, add_dataloader_idx=False)
+    if trainer.sanity_checking or not trainer.is_global_zero:
+        return
+    said = ", ".join(f"{float(figures[name]):.0f} {word}" for name, word in JUDGED_ON.items() if name in figures)
+    said = f"{'test' if trainer.testing else 'validation'} of {said or 'no sample'}"
+    said += f"; left out: {_in_words(skipped)}{_such_as(loaders)}" if skipped else ""
+    if said != task.judged_on:
+        logger.log(logging.WARNING if skipped else logging.INFO, "%s", said)
+        task.judged_on = said
+
+
+def _on_all_ranks(loaders: Sequence[Any], device: torch.device) -> dict[str, int]:
+    """What the loaders could not use, by cause; those of evaluation may have no more than the number."""
+    mine = Counter[str]()
+    for loader in loaders:
+        skipped = getattr(loader, "skipped", {})
+        mine.update(skipped if isinstance(skipped, dict) else {_UNREAD: skipped})
+    causes = (*CAUSES, _UNREAD)
+    counts = add_up(*(mine[cause] for cause in causes), device=device)
+    return {cause: count for cause, count in zip(causes, counts, strict=True) if count}
+
+
+def _in_words(skipped: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {cause}" for cause, count in skipped.items())
+
+
+def _such_as(loaders: Sequence[Any]) -> str:
+    """The first example of this rank's."""
+    named = [name for loader in loaders for name in getattr(loader, "broken", [])]
+    named += [where for loader in loaders for _, where in getattr(loader, "examples", [])]
+    return f", such as {' '.join(named[0].split())[:200]}" if named else ""

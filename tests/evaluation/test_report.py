@@ -138,10 +138,39 @@ def test_the_table_says_what_the_runs_logged(project):
     assert (first["resolution"], first["patch"], first["epochs"]) == ("16", "4", "2")
     assert first["model"] == "ViT of 2 blocks, width 32, DynamicPooling 4x at block 1"
     assert second["model"].endswith("dense") and (second["tokens"], second["compression"]) == ("17.0", "1.00")
-    assert first["remarks"] == "continued once" and "remarks" not in second
+    assert first["remarks"] == "judged on 12 images; continued once" and second["remarks"] == "judged on 12 images"
     (cells,) = (run.cells() for run in clip.runs)
     assert cells["GMACs"].startswith("≈ 0.0") and cells["remarks"] == "no validation yet"
     assert [panel.title for panel in panels(clip)] == ["Training loss", "Boundary rate", "Tokens in training"]
+
+
+def test_a_row_says_what_was_skipped_and_what_the_figures_are_of(project):
+    """Two broken images to train on and one to validate on, and a NaN in the gradient of one step."""
+    shutil.copytree("images", "judged")
+    for path in ("images/ant/0.png", "images/fox/11.png", "judged/bee/2.png"):
+        Path(path).write_bytes(b"<html>404</html>")
+    options = ["--config", "small.yaml", "--name", "bad", "--data.init_args.val", "judged"]
+    assert main(["fit", *options, "--trainer.callbacks+=labelled.SpoilGradient"]) == 0
+    (group,) = grouped(read_runs(["runs/bad"]))
+    cells = group.runs[0].cells()
+    epochs = [int(count) for count in logged("bad", "metrics.csv", "data/skipped/broken_image")]
+    assert max(epochs) >= 2
+    said = f"judged on 11 images; skipped samples: up to {max(epochs)} an epoch (broken image {max(epochs)}); "
+    said += "left out of the last validation: 1; skipped steps: 1"
+    assert cells["remarks"] == said
+    page, text = report("runs/bad")
+    assert said in page and said in text
+
+
+def test_what_was_skipped_is_that_of_the_worst_epoch_and_of_the_last_validation(tmp_path):
+    """The second epoch was continued in its middle, by a process that saw two of its bad samples."""
+    rows = ["epoch,step,data/skipped/broken_image,data/skipped/no_caption,val/pairs,val/skipped,train/skipped_steps"]
+    rows += ["0,9,10,2,,,", "0,9,,,8,1,", "0,9,,,,,2", "1,19,2,,,,", "1,19,,,9,,", "1,19,,,,,3"]
+    (tmp_path / "metrics.csv").write_text("\n".join(rows))
+    (group,) = grouped(read_runs([str(tmp_path)]))
+    cells = group.runs[0].cells()
+    said = "judged on 9 pairs; skipped samples: up to 12 an epoch (broken image 10, no caption 2); skipped steps: 3"
+    assert cells["remarks"].endswith(said)
 
 
 def test_an_instruction_run_whose_encoder_comes_from_another_run(project, monkeypatch):
@@ -160,7 +189,8 @@ def test_an_instruction_run_whose_encoder_comes_from_another_run(project, monkey
     for run in group.runs:
         cells = run.cells()
         assert cells["model"] == "ViT of 3 blocks, width 32, ToMe at block 1, words"
-        assert (cells["resolution"], cells["patch"], "remarks" in cells) == ("32", "8", False)
+        assert (cells["resolution"], cells["patch"]) == ("32", "8")
+        assert cells["remarks"] == "judged on 4 conversations, 4 answers"
         assert cells["exact answers, %"] == f"{100 * logged(run.record.name, 'metrics.csv', 'val/exact')[-1]:.1f}"
         assert cells["GMACs"] == f"{logged(run.record.name, 'metrics.csv', 'val/gmacs')[-1]:.3f}"
 
@@ -263,6 +293,12 @@ def test_the_model_of_every_config_is_named(path):
     if run_task(run) != "Instruction":  # whose encoder may be a checkpoint's
         assert int(model.resolution) % int(model.patch) == 0
         assert ("dense" in path.stem) == model.name.endswith("dense") and ("4x" in path.stem) <= ("4x" in model.name)
+
+
+def test_a_model_that_says_nothing_of_itself_is_of_the_default_size(tmp_path):
+    options = {"accum_freq": 1, "model": {"embed_dim": 8, "vision": {"reducers": {}}, "text": {}}}
+    model = run_model(RunRecord(tmp_path, config={"model": {"init_args": options}}))
+    assert (model.name, model.resolution, model.patch) == ("ViT of 12 blocks, width 768, dense", "224", "16")
 
 
 def test_broken_files_are_remarked_upon(project):

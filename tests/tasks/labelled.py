@@ -125,6 +125,14 @@ class Stop(L.Callback):
             raise Killed
 
 
+class SpoilGradient(L.Callback):
+    """Makes the gradient of the second step NaN."""
+
+    def on_after_backward(self, trainer, module):
+        if trainer.global_step == 1:
+            next(module.model.parameters()).grad.fill_(float("nan"))
+
+
 class Killed(Exception):
     pass
 

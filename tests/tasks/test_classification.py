@@ -138,6 +138,7 @@ def test_validation_counts_hits_loss_tokens_and_macs():
         "tokens_min": lengths.min(),
         "tokens_max": lengths.max(),
         "gmacs": image_macs(module.model, encoding, labelled.CLASSES).mean() / 1e9,
+        "images": 13,
     }
     assert found == pytest.approx({f"val/{name}": float(value) for name, value in expected.items()}, rel=1e-5)
     assert lengths.min() < lengths.max()
@@ -241,7 +242,7 @@ def test_two_processes_equal_one(mode, tmp_path):
     (one, figures), (two, shared) = found
     labelled.check_same(two, one, rtol=1e-4, atol=1e-5)
     names = [name for name in figures if name.startswith("val/")]
-    assert len(names) == 7 and math.isfinite(figures["val/loss"])
+    assert len(names) == 8 and math.isfinite(figures["val/loss"]) and figures["val/images"] == 13
     assert {n: shared[n] for n in names} == pytest.approx({n: figures[n] for n in names}, rel=1e-4)
 
 

@@ -97,6 +97,25 @@ def test_loggers(tmp_path):
     assert "segments/boundary_rate" in (tmp_path / "table" / "metrics.csv").read_text()
 
 
+def test_weights_and_biases_gets_pictures_and_histograms(tmp_path, monkeypatch):
+    pytest.importorskip("wandb", reason="wandb is not installed")
+    from lightning.pytorch.loggers import WandbLogger
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    logger = WandbLogger(save_dir=tmp_path)
+    fit(SegmentMonitor(images=2), tmp_path, logger=logger, max_epochs=2)
+    found = dict(logger.experiment.summary)
+    logger.experiment.finish()
+    pictures = list(tmp_path.glob("wandb/offline-run-*/files/media/images/segments/*.png"))
+    drawn = sorted(tmp_path.glob("pictures/*.png"))
+    assert len(drawn) == 2
+    for kept, own in zip(sorted(pictures, key=lambda path: int(path.stem.split("_")[1])), drawn, strict=True):
+        with Image.open(kept) as one, Image.open(own) as other:
+            assert np.array_equal(np.asarray(one), np.asarray(other))
+    assert 0 < found["segments/boundary_rate"] < 1
+    assert all(name in found for name in ("segments/tokens", "segments/probability"))
+
+
 def test_a_visual_language_model(tmp_path):
     folder = conversing.language_model(tmp_path / "language_model")
     fit(SegmentMonitor(), tmp_path, conversing.task(folder), conversing.Conversations(), max_epochs=1)

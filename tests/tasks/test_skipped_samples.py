@@ -18,9 +18,12 @@ from dtpvit.tasks.contrastive import Contrastive
 
 sys.path.append(str(Path(__file__).parents[1] / "datamodules"))
 
+import conversing
+from conversation_files import llava, write_json
 from shard_files import jpeg, write_tar
 
 pytestmark = [
+    pytest.mark.filterwarnings("ignore:Found .* in eval mode at the start of training"),
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),
     pytest.mark.filterwarnings("ignore:Total length of `list` across ranks is zero:UserWarning"),
     pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers:UserWarning"),
@@ -69,6 +72,59 @@ def test_a_classification_run_goes_on_and_says_what_it_left_out(tmp_path, caplog
         trainer = fit(labelled.task(), image_data(tmp_path, 40, (0, 1)), max_epochs=2)
     assert trainer.global_step == 4
     assert "epoch 1: skipped" in caplog.text and trainer.callback_metrics["data/skipped/broken_image"] >= 1
+
+
+def judged(caplog):
+    """What was said of validations."""
+    return [(one.levelname, one.getMessage()) for one in caplog.records if "validation of" in one.getMessage()]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_contrastive_validation_says_what_it_is_of(tmp_path, num_workers, caplog):
+    data = pair_data(tmp_path / "train", [(40, ())])
+    pair_data(tmp_path / "val", [(12, (0, 1, 2, 3)), (6, ())])
+    cut = tmp_path / "val" / "1.tar"
+    cut.write_bytes(b"<html>404</html>" * 100)
+    for n in range(10):
+        image = tmp_path / "zeroshot" / ("cat", "dog")[n % 2] / f"{n}.jpg"
+        image.parent.mkdir(parents=True, exist_ok=True)
+        image.write_bytes(HTML if n == 4 else jpeg(n))
+    more = {"val": str(tmp_path / "val"), "zeroshot": str(tmp_path / "zeroshot"), "num_workers": num_workers}
+    data = ImageTextShards(train=data.train, batch_size=20, val_batch_size=4, **more)
+    with caplog.at_level(logging.INFO, "dtpvit"):
+        found = fit(pairs.task(), data, max_epochs=2, num_sanity_val_steps=1).callback_metrics
+    said = "validation of 8 pairs, 9 images for zero-shot; left out: 1 unreadable shard, 1 no image, 1 no caption, "
+    ((level, line),) = judged(caplog)
+    assert level == "WARNING" and line.startswith(f"{said}2 broken image, 1 unreadable or incomplete, such as ")
+    assert (found["val/pairs"], found["val/zeroshot_images"], found["val/skipped"]) == (8, 9, 6)
+
+
+def test_an_instruction_validation_says_what_it_is_of(tmp_path, caplog):
+    words = conversing.language_model(tmp_path / "words")
+    train = write_json(tmp_path / "train", [llava(n) for n in range(4)])
+    val = write_json(tmp_path / "val", [llava(n, 2) for n in range(7)], broken=(1, 5))
+    data = InstructionData(train=train, val=val, batch_size=4, num_workers=0)
+    with caplog.at_level(logging.INFO, "dtpvit"):
+        found = fit(conversing.task(words), data, default_root_dir=tmp_path).callback_metrics
+    line = (
+        f"validation of 5 conversations, 10 answers; left out: 2 unreadable or incomplete, such as record r1 of {val}"
+    )
+    assert judged(caplog) == [("WARNING", line)]
+    assert (found["val/conversations"], found["val/answers"], found["val/skipped"]) == (5, 10, 2)
+
+
+def test_a_classification_validation_says_what_it_is_of_again_when_that_changes(tmp_path, caplog):
+    options = {"num_workers": 0, "labels": "folders", "auto_augment": None, "batch_size": 10}
+    image_data(tmp_path, 20, ())
+    data, task = LabelledImages(train=str(tmp_path), val=str(tmp_path), **options), labelled.task()
+    with caplog.at_level(logging.INFO, "dtpvit"):
+        found = fit(task, data, max_epochs=2).callback_metrics
+        (tmp_path / "3" / "3.jpg").write_bytes(HTML)
+        L.Trainer(logger=False, accelerator="cpu", enable_progress_bar=False).validate(task, data, verbose=False)
+    said = [("INFO", "validation of 20 images")]
+    left_out = f"left out: 1 unreadable or incomplete, such as {tmp_path}/3/3.jpg"
+    assert judged(caplog) == [*said, ("WARNING", f"validation of 19 images; {left_out}")]
+    assert found["val/images"] == 20 and "val/skipped" not in found
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
