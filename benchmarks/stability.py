@@ -65,7 +65,7 @@ def stability(
     for factor in factors:
         options = [*common, "--trainer.precision", "32-true", "--model.init_args.learning_rate", str(factor * rate)]
         found = _run(options, folder / f"x{factor:g}", images)
-        fast.append([f"{factor:g}", *_figures(found), found["code"], " ".join(found["said"]) or "nothing"])
+        fast.append([f"{factor:g}", *_figures(found), found["code"], (found["said"] or ["nothing"])[0]])
     shown = ["loss, last epoch", "top-1, seen pairs, %", "top-1, held-out pairs, %"]
     pages(
         [
