@@ -192,7 +192,7 @@ def _read_shard(ending: str, data: bytes, folder: Path) -> str:
     causes: list[str] = []
     for _ in read_samples(str(path), lambda cause, where: causes.append(cause)):
         pass
-    return ", ".join(sorted(set(causes))) or "accepted"
+    return " + ".join(sorted(set(causes))) or "accepted"
 
 
 def _index_shard(data: bytes, folder: Path) -> str:
@@ -246,7 +246,7 @@ def _read_records(ending: str, data: bytes, folder: Path) -> str:
             found[index]
 
     outcome = _refused(read)
-    return ", ".join(sorted(set(skipped))) or outcome
+    return " + ".join(sorted(set(skipped))) or outcome
 
 
 def _read_questions(data: bytes, folder: Path) -> str:

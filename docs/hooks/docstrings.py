@@ -9,6 +9,8 @@ import griffe
 
 logger = logging.getLogger("mkdocs.hooks.docstrings")
 _DOCTEST = re.compile(r"^>>> .*(?:\n.*\S.*)*", re.MULTILINE)
+_CODE_OR_ANGLE = re.compile(r"`[^`]*`|^>>> .*(?:\n.*\S.*)*|<(?=\w)", re.MULTILINE)
+_SEVERAL = re.compile(r"^    (\w+(?:, \w+)+): (.+(?:\n     .+)*)", re.MULTILINE)
 _ROLE = re.compile(r":(?:class|func|meth|mod|data|attr):`([\w.]+)`")
 
 
@@ -20,11 +22,19 @@ class DocstringPages(griffe.Extension):
 
     def _walk(self, thing: griffe.Object, package: griffe.Module) -> None:
         if thing.docstring:
-            text = _ROLE.sub(lambda role: _link(role[1], thing, package), thing.docstring.value)
+            # <x, y> is an inner product and <wnid> a name, which a browser would take for tags.
+            text = _CODE_OR_ANGLE.sub(lambda found: "&lt;" if found[0] == "<" else found[0], thing.docstring.value)
+            text = _SEVERAL.sub(_one_by_one, text)
+            text = _ROLE.sub(lambda role: _link(role[1], thing, package), text)
             thing.docstring.value = _DOCTEST.sub(lambda doctest: f"```pycon\n{doctest[0]}\n```", text)
         for member in thing.members.values():
             if isinstance(member, griffe.Object):
                 self._walk(member, package)
+
+
+def _one_by_one(found: re.Match[str]) -> str:
+    """A line for each of several parameters, for griffe knows only those that have one."""
+    return "\n".join(f"    {name}: {found[2]}" for name in found[1].split(", "))
 
 
 def _link(name: str, thing: griffe.Object, package: griffe.Module) -> str:

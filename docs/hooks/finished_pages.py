@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import Files
 from mkdocs.structure.pages import Page
 
 logger = logging.getLogger("mkdocs.hooks.finished_pages")
@@ -19,7 +20,16 @@ _LOADED = re.compile(
 )
 
 
+_PICTURE = re.compile(r'<img [^>]*src="([^":]+)"[^>]*>')
+_INLINE = re.compile(r"(?<!<pre>)<code>[^<]*</code>")
+_OPTION = re.compile(r"(?<![\w-])--?[A-Za-z]\w*")
 _CODE = re.compile(r"<(pre|code)\b.*?</\1>", re.DOTALL)
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """A picture leads to itself at its full size; an option is not broken between its hyphens and its name."""
+    html = _PICTURE.sub(r'<a href="\1">\g<0></a>', html)
+    return _INLINE.sub(lambda code: _OPTION.sub(r'<span class="option">\g<0></span>', code[0]), html)
 
 
 def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:

@@ -23,7 +23,7 @@ def _pages(package: Path, files: Files, config: MkDocsConfig) -> list[Any]:
     """Pages of a package and of what it holds, as an entry of the navigation."""
     name = _name(package)
     inside = sorted(path for path in package.iterdir() if _is_public(path))
-    lines = [f"::: {name}\n    options: {{members: false}}\n", "| module | |\n|---|---|"]
+    lines = [f"---\ntitle: {name}\n---\n", f"::: {name}\n    options: {{members: false}}\n", "| module | |\n|---|---|"]
     nav: list[Any] = [f"reference/{name}/index.md"]
     for path in inside:
         short = path.stem

@@ -152,7 +152,8 @@ def machine(device: torch.device) -> str:
     if source.is_file():
         lines = source.read_text(errors="replace").splitlines()
         name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
-    return f"{name}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{name}, {threads} thread{'s' * (threads > 1)}"
 
 
 def versions() -> dict[str, str]:
