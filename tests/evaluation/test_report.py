@@ -120,7 +120,7 @@ def test_what_a_start_records(project):
     assert starts[1]["command"] == "dtpvit fit --config small.yaml --name pooled --ckpt_path last"
     assert starts[0]["versions"]["torch"] == version("torch")
     assert {"dtpvit", "python", "torch", "lightning", "timm", "open_clip"} == set(starts[0]["versions"])
-    assert starts[0]["processes"] == 1 and "threads" in starts[0]["device"]
+    assert starts[0]["processes"] == 1 and "thread" in starts[0]["device"]
     assert main(["fit", "--config", "small.yaml", "--name", "pooled", "--trainer.max_epochs", "1"]) == 0
     assert len(json.loads(Path("runs/pooled/versions.json").read_text())) == 1
     assert len(json.loads(Path("runs/pooled/earlier/1/versions.json").read_text())) == 2
