@@ -9,7 +9,7 @@ import griffe
 
 logger = logging.getLogger("mkdocs.hooks.docstrings")
 _DOCTEST = re.compile(r"^>>> .*(?:\n.*\S.*)*", re.MULTILINE)
-_CODE_OR_ANGLE = re.compile(r"`[^`]*`|^>>> .*(?:\n.*\S.*)*|<(?=\w)", re.MULTILINE)
+_CODE_OR_ANGLE = re.compile(rf"`[^`]*`|{_DOCTEST.pattern}|<(?=\w)", re.MULTILINE)
 _SEVERAL = re.compile(r"^    (\w+(?:, \w+)+): (.+(?:\n     .+)*)", re.MULTILINE)
 _ROLE = re.compile(r":(?:class|func|meth|mod|data|attr):`([\w.]+)`")
 

@@ -18,8 +18,6 @@ _LOADED = re.compile(
     r"""<(?:script|img|iframe|source|video|audio|embed)\b[^>]*\bsrc=["']?((?:https?:)?//[^"'\s>]+)"""
     r"""|<link\b(?=[^>]*rel=["']?(?:stylesheet|preload|preconnect|icon|prefetch|modulepreload))[^>]*href=["']?((?:https?:)?//[^"'\s>]+)"""
 )
-
-
 _PICTURE = re.compile(r'<img [^>]*src="([^":]+)"[^>]*>')
 _INLINE = re.compile(r"(?<!<pre>)<code>[^<]*</code>")
 _OPTION = re.compile(r"(?<![\w-])--?[A-Za-z]\w*")

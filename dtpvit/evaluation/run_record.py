@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,12 +16,29 @@ from dtpvit.errors import UserError
 from dtpvit.interop.weight_files import read_checkpoint
 from dtpvit.json_input import parse_json
 
-__all__ = ["RunRecord", "read_runs"]
+__all__ = ["RunRecord", "judged_on", "read_runs"]
 
 FILES = ("config.yaml", "metrics.csv", "efficiency.csv", "checkpoints", "pictures", "skipped.jsonl", "versions.json")
 
+_JUDGED_ON = {
+    "images": "images",
+    "pairs": "pairs",
+    "zeroshot_images": "images for zero-shot",
+    "conversations": "conversations",
+    "answers": "answers",
+}
+
 Points = list[tuple[int, float]]
 Found = TypeVar("Found")
+
+
+def judged_on(figures: Mapping[str, Any]) -> str:
+    """Those figures of a validation that are numbers of samples, in words; "" if there is none.
+
+    >>> judged_on({"pairs": 9.0, "tokens": 17.0, "zeroshot_images": 4.0})
+    '9 pairs, 4 images for zero-shot'
+    """
+    return ", ".join(f"{float(figures[name]):.0f} {word}" for name, word in _JUDGED_ON.items() if name in figures)
 
 
 @dataclass

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from dtpvit.evaluation.run_model import RunModel, nominal_gmacs, run_model, run_task
-from dtpvit.evaluation.run_record import RunRecord
+from dtpvit.evaluation.run_record import RunRecord, judged_on
 
 __all__ = ["COLUMNS", "QUALITY", "ComparedRun", "RunGroup", "grouped"]
 
@@ -21,15 +21,6 @@ QUALITY: dict[str, str] = {
     "val/exact": "exact answers, %",
 }
 """Metrics of a validation that are shares, and their titles; the first that a group has is the one it is judged by."""
-
-JUDGED_ON: dict[str, str] = {
-    "val/images": "images",
-    "val/pairs": "pairs",
-    "val/zeroshot_images": "images for zero-shot",
-    "val/conversations": "conversations",
-    "val/answers": "answers",
-}
-"""Metrics of a validation that say how many samples the others are of, and their words."""
 
 COLUMNS: dict[str, str] = {
     "model": "What the config builds; a reducer acts before or in the block that is named, counted from 0.",
@@ -105,8 +96,10 @@ class ComparedRun:
             found.insert(0, f"in epoch {(record.epochs or 0) + 1} of {self._asked}: stopped, or still training")
         if record.curves and not any(name.startswith("val/") for name in record.curves):
             found.append("no validation yet")
-        judged_on = {word: record.last(metric) for metric, word in JUDGED_ON.items()}
-        if told := ", ".join(f"{count:.0f} {word}" for word, count in judged_on.items() if count is not None):
+        figures = {
+            name[4:]: points[-1][1] for name, points in record.curves.items() if name.startswith("val/") and points
+        }
+        if told := judged_on(figures):
             found.append(f"judged on {told}")
         if len(record.starts) > 1:
             found.append(f"continued {len(record.starts) - 1} times" if len(record.starts) > 2 else "continued once")

@@ -14,22 +14,14 @@ from torch import Tensor
 from dtpvit.datamodules.bad_share import Seen, too_many_bad
 from dtpvit.datamodules.samples import CAUSES
 from dtpvit.encoder.ops.collectives import add_up, gather_objects
+from dtpvit.evaluation.run_record import judged_on
 
 if TYPE_CHECKING:
     from dtpvit.tasks.image_task import ImageTask
 
-__all__ = ["JUDGED_ON", "check_skipped", "log_validation", "report_skipped"]
+__all__ = ["check_skipped", "log_validation", "report_skipped"]
 
 logger = logging.getLogger(__name__)
-JUDGED_ON = {
-    "images": "images",
-    "pairs": "pairs",
-    "zeroshot_images": "images for zero-shot",
-    "conversations": "conversations",
-    "answers": "answers",
-}
-"""Figures of a validation that are numbers of samples, and their words."""
-
 _UNREAD = "unreadable or incomplete"
 
 
@@ -74,7 +66,7 @@ def log_validation(
 
     Args:
         task: That was validated.
-        figures: The same on all ranks; those that ``JUDGED_ON`` names are numbers of samples.
+        figures: The same on all ranks; those that ``judged_on`` says are numbers of samples.
         shown: Figures that the progress bar has.
         stage: Goes before the names.
     """
@@ -86,8 +78,7 @@ def log_validation(
         task.log(f"{stage}/{name}", value, prog_bar=name in shown, add_dataloader_idx=False)
     if trainer.sanity_checking or not trainer.is_global_zero:
         return
-    said = ", ".join(f"{float(figures[name]):.0f} {word}" for name, word in JUDGED_ON.items() if name in figures)
-    said = f"{'test' if trainer.testing else 'validation'} of {said or 'no sample'}"
+    said = f"{'test' if trainer.testing else 'validation'} of {judged_on(figures) or 'no sample'}"
     said += f"; left out: {_in_words(skipped)}{_such_as(loaders)}" if skipped else ""
     if said != task.judged_on:
         logger.log(logging.WARNING if skipped else logging.INFO, "%s", said)
