@@ -233,7 +233,8 @@ def page(trained: Path) -> Path:
 
 @pytest.mark.parametrize(("width", "dark"), [(390, False), (390, True), (1280, False), (1280, True)])
 def test_a_browser_shows_it_without_scrolling_sideways(page, width, dark):
-    assert "http" not in page.read_text(encoding="utf-8")
+    # Outside of pictures, whose base64 holds these letters now and then: their bytes follow measured times.
+    assert "http" not in re.sub("base64,[A-Za-z0-9+/=]+", "", page.read_text(encoding="utf-8"))
     count = (
         "[...document.querySelectorAll('figure svg, img')].filter(e => e.getBoundingClientRect().width > 250).length"
     )
