@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import logging
 import os
 import sys
 import time
@@ -24,6 +25,8 @@ from dtpvit.output_file import PARTIAL, named, written_beside
 from dtpvit.tasks.checkpoint_file import remove_partial
 
 __all__ = ["LineProgress", "RunCheckpoint", "RunLogger", "SaveRun", "StepSeed", "set_aside"]
+
+_logger = logging.getLogger(__name__)
 
 RECORDS = (*FILES, "hparams.yaml")
 """What a run writes into its folder, and ``nonfinite-rank*.jsonl``; anything else in there is left alone."""
@@ -94,6 +97,15 @@ class RunLogger(CSVLogger):
         if self._experiment is None:
             self._experiment = _Writer(self.log_dir, self._append)
         return self._experiment
+
+    def finalize(self, status: str) -> None:
+        """Write what is left. Of a failed run, say so where that fails too: an error would end Lightning's clearing up."""
+        try:
+            super().finalize(status)
+        except OSError as error:
+            if status != "failed":
+                raise
+            _logger.warning("the last rows of %s could not be written (%s)", error.filename, error.strerror)
 
 
 class SaveRun(SaveConfigCallback):

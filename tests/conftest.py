@@ -1,7 +1,9 @@
 """What every test starts from: one thread, a fixed seed, and the real data if they are at hand."""
 
 import random
+import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import yaml
 # The tests' tensors are small: more threads, in each of several test processes, only wait for each other.
 torch.set_num_threads(1)
 
+HANDLED = (signal.SIGTERM, signal.SIGUSR1)
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 
 
@@ -20,6 +23,17 @@ def seed() -> int:
     random.seed(0)
     torch.manual_seed(0)
     return 0
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers() -> Iterator[None]:
+    """Each test leaves the handlers that it found: what a later one forks would not end when it is told to."""
+    before = [signal.getsignal(number) for number in HANDLED]
+    yield
+    left = [signal.getsignal(number) for number in HANDLED]
+    for number, handler in zip(HANDLED, before, strict=True):
+        signal.signal(number, handler)
+    assert left == before
 
 
 @pytest.fixture(scope="session")

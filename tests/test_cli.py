@@ -4,6 +4,7 @@ import csv
 import io
 import math
 import os
+import signal
 import subprocess
 import sys
 import tarfile
@@ -371,7 +372,9 @@ def test_a_full_disk_is_a_sentence_whichever_file_meets_it(
     at = 1 if file == "metrics.csv.partial" else 12  # the header of the metrics is written anew when an epoch ends
     full = {"class_path": "cli_example.FullDiskFor", "init_args": {"at_step": at, "file": file}}
     (project / "full.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": [full]}}))
+    handler = signal.getsignal(signal.SIGTERM)
     assert fit("--config", "full.yaml") == 2
+    assert signal.getsignal(signal.SIGTERM) is handler, "Lightning was kept from its teardown"
     said = capsys.readouterr().err.splitlines()[-1]
     name = file.removesuffix(".partial")
     assert f"runs/line/{name} could not be written (No space left on device); " in said

@@ -1,6 +1,7 @@
 """A training that is told to end: it saves after the step under way, and goes on as if it had not been stopped."""
 
 import csv
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -91,6 +92,34 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(
     assert fit("stopped", "--ckpt_path=last", *more, callbacks=callbacks) == 0
     assert fit("whole", *more, callbacks=callbacks) == 0
     check_same("stopped", "whole", 12 if "accumulate" in "".join(more) else 24)
+
+
+class Forks(Callback):
+    """Ends a process that was forked in a step, as a pool ends its own."""
+
+    def on_before_zero_grad(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step == 3:
+            child = multiprocessing.get_context("fork").Process(target=_asleep)
+            child.start()
+            os.kill(child.pid, signal.SIGUSR1)  # is the training's to answer
+            time.sleep(0.2)
+            assert child.is_alive()
+            child.terminate()
+            child.join(20)
+            ended = child.exitcode
+            child.kill()
+            assert ended == -signal.SIGTERM
+
+
+def _asleep() -> None:
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        time.sleep(0.1)
+
+
+def test_a_process_forked_in_the_training_ends_when_it_is_told_to_and_the_training_does_not(project: Path) -> None:
+    assert fit("line", callbacks=[{"class_path": "test_preemption.Forks"}]) == 0
+    assert checkpoint("line")["global_step"] == 24
 
 
 @pytest.mark.parametrize("more", [[], ["--trainer.check_val_every_n_epoch=2"]], ids=["", "seldom_validated"])

@@ -55,6 +55,7 @@ class Preemption(Callback):
         self._asked = self._agreed = 0
         self._signal = "SIGTERM"
         self._asked_at = 0.0
+        self._listener = 0  # its process
         self._common: Tensor | None = None
         self._reduction: distributed.Work | None = None
         self._leaving = self._validation_due = self._between_epochs = False
@@ -131,10 +132,16 @@ class Preemption(Callback):
         connector = trainer._signal_connector
         self._asked, connector.received_sigterm = int(connector.received_sigterm), False
         slurm = _slurm(trainer)
+        self._listener = os.getpid()
         for number in (signal.SIGTERM, (slurm and slurm.requeue_signal) or signal.SIGUSR1):
             signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._listener:  # a process forked in the training, a pool's for instance, has no such step
+            if number == signal.SIGTERM:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            return
         assert self._trainer is not None
         if self._asked and number == signal.SIGTERM and time.monotonic() - self._asked_at > _SAME_REQUEST:
             _pass_on(self._trainer, signal.SIGKILL)
