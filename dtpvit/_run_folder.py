@@ -99,7 +99,7 @@ class RunLogger(CSVLogger):
         return self._experiment
 
     def finalize(self, status: str) -> None:
-        """Write what is left. Of a failed run, say so where that fails too: an error would end Lightning's clearing up."""
+        """Write what is left; where a run has failed, an error here would keep Lightning from its teardown."""
         try:
             super().finalize(status)
         except OSError as error:
