@@ -1,4 +1,5 @@
-# make install | demo | test | test-all | docs | notebooks. All run from a fresh clone; what is installed goes into .venv.
+# make install | demo | test | test-optional | test-all | docs | notebooks
+# All run from a fresh clone; what is installed goes into .venv, img2dataset into .venv-img2dataset.
 
 # PYTHON: any Python from 3.11 on; PIP_ARGS: for instance --index-url=...; JOBS: test processes.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
@@ -13,7 +14,11 @@ QUICKSTART := runs/quickstart/checkpoints/last.ckpt
 # One thread a test process: the tests' tensors are small.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
 
-.PHONY: install demo lint docs notebooks test test-all clean
+IMG2DATASET := .venv-img2dataset
+OPTIONAL := tests/datamodules/test_download.py tests/datamodules/test_remote_faults.py \
+	tests/tasks/test_segment_monitor.py tests/evaluation/test_demo.py
+
+.PHONY: install demo lint docs notebooks test test-optional test-all clean
 
 install: $(STAMP)
 
@@ -49,6 +54,14 @@ notebooks: install
 
 test: lint docs
 	$(PYTEST)
+
+# What `test` skips for want of packages: downloads by img2dataset, object stores, Weights & Biases, the page of the demo.
+test-optional: install
+	test -x $(IMG2DATASET)/bin/python || $(PYTHON) -m venv $(IMG2DATASET)
+	$(IMG2DATASET)/bin/python -m pip install $(PIP_ARGS) --quiet img2dataset
+	$(BIN)/python -m pip install $(PIP_ARGS) --quiet -e '.[test-optional]'
+	$(BIN)/python -c 'import gcp_storage_emulator.server, gcsfs, gradio, moto.server, s3fs, wandb' # or they would skip
+	PATH="$(CURDIR)/$(IMG2DATASET)/bin:$$PATH" $(PYTEST) $(OPTIONAL)
 
 test-all: lint docs
 	$(PYTEST) -m ""

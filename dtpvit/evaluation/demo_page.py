@@ -12,6 +12,7 @@ import gradio as gr
 import numpy as np
 import uvicorn
 from fastapi import FastAPI, Request, Response
+from gradio.themes import Default
 
 from dtpvit.datamodules.scenes import SEEN, draw_scene
 from dtpvit.errors import UserError
@@ -62,7 +63,7 @@ def build_app(towers: Mapping[str, DemoTower]) -> FastAPI:
         run_history=False,
         max_file_size=MAX_BYTES,
         ssr_mode=False,
-        theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+        theme=Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
         css=_STYLE,
     )
 
@@ -100,10 +101,11 @@ def _page(towers: Mapping[str, DemoTower]) -> gr.Blocks:
         look: dict[str, Any] = {"fn": _look(towers), "inputs": inputs, "outputs": outputs, "preprocess": False}
         look |= {"show_progress": "minimal", "trigger_mode": "always_last", "concurrency_id": "look"}
         photo.change(**look, api_name="look")
-        gr.on([own.input, choice.input, labels.submit, labels.blur, prompt.submit, prompt.blur], **look, api_name=False)
+        look["api_visibility"] = "private"
+        gr.on([own.input, choice.input, labels.submit, labels.blur, prompt.submit, prompt.blur], **look)
         # Moving the slider means it: the rate of the training is left.
-        compression.release(lambda: False, None, own, api_name=False).then(**look, api_name=False)
-        drawn.click(_draw, None, photo, api_name=False)
+        compression.release(lambda: False, None, own, api_visibility="private").then(**look)
+        drawn.click(_draw, None, photo, api_visibility="private")
     return page
 
 

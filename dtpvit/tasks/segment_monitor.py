@@ -147,7 +147,9 @@ def _log(logger: Any, picture: np.ndarray, histograms: dict[str, np.ndarray], st
         import wandb  # pyright: ignore[reportMissingImports]
 
         logger.log_image("segments/images", [picture], step=step)
-        made = {name: wandb.Histogram(np_histogram=np.histogram(values, 32)) for name, values in filled.items()}
+        made: dict[str, Any] = {
+            name: wandb.Histogram(np_histogram=np.histogram(values, 32)) for name, values in filled.items()
+        }
         logger.log_metrics(made, step=step)
     elif isinstance(logger, TensorBoardLogger):
         logger.experiment.add_image("segments/images", picture, step, dataformats="HWC")
