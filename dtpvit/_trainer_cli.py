@@ -23,6 +23,7 @@ from lightning.pytorch.plugins import Precision, TorchCheckpointIO
 
 from dtpvit import __version__
 from dtpvit._launcher import started_processes
+from dtpvit._merged_options import parse_merged
 from dtpvit._run_folder import LineProgress, RunCheckpoint, RunLogger, SaveRun, StepSeed
 from dtpvit._run_start import goes_on_by_itself
 from dtpvit._shorthands import naming_file
@@ -108,7 +109,7 @@ class TrainerCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse without the warning that sys.argv exists too: that is where ``args`` come from."""
         assert isinstance(args, list)
-        self.config = parser.parse_args(args)
+        self.config = parse_merged(parser, args)
 
     def _parse_ckpt_path(self) -> None:
         """Do nothing: the command line and the YAML decide, not the checkpoint's hyper-parameters."""
