@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import lightning as L
+import pytest
 import torch
 import yaml
 from torch import distributed
@@ -18,7 +19,9 @@ from shard_files import jpeg, write_tar
 
 from dtpvit.datamodules.image_text import ImageTextShards
 from dtpvit.encoder.ops.collectives import add_up, gather_columns
+from dtpvit.errors import UserError
 from dtpvit.tasks.classification import Classification
+from dtpvit.tasks.loss_watch import LossWatch
 from dtpvit.tasks.optimization import NonFiniteGuard
 from dtpvit.tasks.sharding import FullySharded
 from dtpvit.tasks.weight_average import WeightAverage
@@ -156,6 +159,19 @@ def broken(folder):
     save(folder, "broken", [trainer.global_step, figures, module.state_dict()])
 
 
+def watched(folder):
+    """The last rank's loss says that its learning rate is too high, and ends the training of both."""
+
+    class Watch(LossWatch):
+        def _judgement(self, task, horizon):
+            return "too high" if rank() == world() - 1 else ""
+
+    trainer = L.Trainer(**_quiet(), **options(), max_steps=30, callbacks=[Watch(stop=True)])
+    with pytest.raises(UserError) as ended:
+        trainer.fit(pairs.task(), pairs.Pairs(30))
+    save(folder, "watched", [trainer.global_step, str(ended.value)])
+
+
 def sharded(folder):
     """What FSDP2 makes of the same trainings; one process stands for what is to come out."""
     strategy = FullySharded if world() > 1 else lambda: "auto"
@@ -211,7 +227,7 @@ def sharded_guard(folder):
     save(folder, "sharded_guard", [module.guard.skipped, trainer.strategy.lightning_module_state_dict(), types])
 
 
-CHECKS = [losses, reducers, guard, collectives, validation, average, broken]
+CHECKS = [losses, reducers, guard, collectives, validation, average, broken, watched]
 SHARDED = [sharded, sharded_again, sharded_classifier, sharded_guard]
 
 

@@ -94,6 +94,12 @@ def test_unequal_shards_with_broken_samples_in_one(together):
     torch.testing.assert_close(two[0][2], two[1][2], rtol=0, atol=0, equal_nan=True)
 
 
+def test_a_learning_rate_that_is_too_high_for_one_rank_ends_the_training_of_all(together):
+    one, two = found(together, "watched")
+    assert one == two[1] == [20, "too high"]
+    assert two[0] == [20, "another rank's loss says that the learning rate is too high"]
+
+
 # FSDP2
 
 

@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
+from dtpvit.errors import UserError
 from dtpvit.tasks.image_task import ImageTask
 
 __all__ = ["LossWatch", "Window", "rise"]
@@ -65,10 +66,17 @@ class LossWatch(Callback):
     least 120 steps) it stands no lower than it already was in the warm-up, having risen (:func:`rise`); or, after four
     times the warm-up, not below what a model loses that tells nothing apart (:attr:`.ImageTask.chance_loss`). Runs
     that are shorter are not judged, nor are those whose compression rises by a schedule, which raises the loss.
+
+    Args:
+        stop: End the training instead, on all ranks, as soon as one sees it.
+
+    Raises:
+        UserError: With ``stop``, once the loss says so.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, stop: bool = False) -> None:
         super().__init__()
+        self.stop = stop
         self.windows: list[Window] = []
         self.said = ""
         self._losses: list[Tensor] = []
@@ -93,31 +101,35 @@ class LossWatch(Callback):
             if math.isfinite(loss)
         ]
         self._losses = []
+        told = ""
         if len(losses) > 1:
             rate = max(group["lr"] for group in trainer.optimizers[0].param_groups)
             self.windows.append(Window(fmean(losses), stdev(losses) / math.sqrt(len(losses)), step, rate))
-            self._judge(pl_module, horizon, trainer.is_global_zero)
+            told = self._judgement(pl_module, horizon)
+        if self.stop and trainer.strategy.reduce_boolean_decision(bool(told), all=False):
+            raise UserError(told or "another rank's loss says that the learning rate is too high")
+        if told and not self.said:
+            self.said = told
+            if trainer.is_global_zero:
+                logger.warning("%s", told)
 
-    def _judge(self, task: ImageTask, horizon: int, says: bool) -> None:
+    def _judgement(self, task: ImageTask, horizon: int) -> str:
+        """What the window that is now full gives to say, or nothing."""
         now, before = self.windows[-1], (self.windows[-2].step if len(self.windows) > 1 else 0)
-        told = ""
         if before < 2 * horizon <= now.step and (found := rise(self.windows, horizon)):
             best = found[0]
-            told = (
+            return (
                 f"the learning rate is too high: the loss fell to {best.mean:.3f} by step {best.step}, at a rate of "
                 f"{best.rate:.2g}, then rose, and is {now.mean:.3f} at step {now.step}, at {now.rate:.2g}; "
                 f"give --model.init_args.learning_rate {best.rate / 2:.1g} or less, or see `dtpvit tune`"
             )
-        elif before < 4 * horizon <= now.step and (chance := task.chance_loss) and now.mean >= _UNTRAINED * chance:
-            told = (
+        if before < 4 * horizon <= now.step and (chance := task.chance_loss) and now.mean >= _UNTRAINED * chance:
+            return (
                 f"nothing has been learned by step {now.step}: the loss is {now.mean:.3f}, and {chance:.3f} is what a "
                 f"model loses that tells nothing apart; the learning rate of {now.rate:.2g} is too high, or far too "
                 "low: see `dtpvit tune`"
             )
-        if told and not self.said:
-            self.said = told
-            if says:
-                logger.warning("%s", told)
+        return ""
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say it again, where it is read."""

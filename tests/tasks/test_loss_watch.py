@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dtpvit.errors import UserError
 from dtpvit.tasks.loss_watch import LossWatch, Window, rise
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -44,3 +45,12 @@ def test_a_small_classifier_is_told_when_and_only_when_it_learns_too_fast(factor
     again = LossWatch()
     again.on_load_checkpoint(None, task, torch.load(tmp_path / "a.ckpt", weights_only=True))
     assert (again.windows, again.said) == (watch.windows, watch.said) and len(watch.windows) == 6
+
+
+@pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*")
+def test_it_ends_the_training_where_it_is_asked_to():
+    task = labelled.task(learning_rate=3e-2, warmup_steps=60)
+    with pytest.raises(UserError, match="the learning rate is too high: the loss fell to") as ended:
+        labelled.fit(task, max_epochs=84, limit_val_batches=0, callbacks=[LossWatch(stop=True)])
+    assert " at step 120, " in str(ended.value)
