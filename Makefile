@@ -64,7 +64,7 @@ test-optional: install
 	PATH="$(CURDIR)/$(IMG2DATASET)/bin:$$PATH" $(PYTEST) $(OPTIONAL)
 
 test-all: lint docs
-	$(PYTEST) -m ""
+	$(PYTEST) -m "" -o faulthandler_timeout=3600
 
 clean:
 	rm -rf build dist site .pytest_cache .ruff_cache .import_linter_cache .hypothesis *.egg-info
