@@ -139,7 +139,7 @@ def _bits(tensor: Tensor) -> Tensor:
     return tensor.contiguous().flatten().view(torch.uint8)
 
 
-def wait_for(path: Path, process: BaseProcess, *, more_than: int = 0, timeout: float = 120) -> bool:
+def wait_for(path: Path, process: BaseProcess, *, more_than: int = 0, timeout: float = 300) -> bool:
     """Whether the file came to hold more than so many bytes while the process was running."""
     end = time.monotonic() + timeout
     while process.is_alive() and time.monotonic() < end:

@@ -1,19 +1,27 @@
 """What every test starts from: one thread, a fixed seed, and the real data if they are at hand."""
 
+import os
 import random
 import signal
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 import yaml
+from hypothesis import HealthCheck, settings
 
 # The tests' tensors are small: more threads, in each of several test processes, only wait for each other.
 torch.set_num_threads(1)
 
-HANDLED = (signal.SIGTERM, signal.SIGUSR1)
+# How long an example takes, or all that are drawn at first, says something of the machine.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
+
+HANDLED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 
 
@@ -34,6 +42,27 @@ def signal_handlers() -> Iterator[None]:
     for number, handler in zip(HANDLED, before, strict=True):
         signal.signal(number, handler)
     assert left == before
+
+
+@contextmanager
+def as_found() -> Iterator[None]:
+    """A command and a training set variables for their process: a seed, a port that by then may be another's."""
+    with patch.dict(os.environ), patch.object(sys, "path", [*sys.path]):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def environment() -> Iterator[None]:
+    """Each test leaves the environment, and the places where modules are looked for, as it found them."""
+    with as_found():
+        yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def environment_of_the_file() -> Iterator[None]:
+    """Likewise what is made for several tests."""
+    with as_found():
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -65,5 +94,4 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "line.yaml").write_text(yaml.safe_dump(config))
     (tmp_path / "points.txt").write_text("32")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])
     return tmp_path

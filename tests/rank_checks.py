@@ -2,6 +2,7 @@
 
 import os
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import lightning as L
@@ -240,7 +241,9 @@ def run(rank, checks, folder):
     place = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
     os.environ |= {name: str(value) for name, value in place.items()} | {"TORCHELASTIC_RUN_ID": "test"}
     # A file, for two runs of the tests on one machine must not take the same port; Lightning takes the group as it is.
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    # Ranks that do not agree what to do next are an error with a stack, before the tests' own guard ends all.
+    store, patience = f"file://{folder}/store", timedelta(seconds=300)
+    distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=patience)
     for check in checks:
         check(folder)
     distributed.destroy_process_group()

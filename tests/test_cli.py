@@ -44,7 +44,7 @@ def shell(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]
         **variables,
     }
     command = [sys.executable, "-m", "dtpvit", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=500, env=environment, check=False)
 
 
 def checkpoint(name: str = "line") -> dict[str, Any]:
@@ -78,7 +78,7 @@ assert main(["--help"]) == 0
 used = resource.getrusage(resource.RUSAGE_SELF)
 assert "torch" not in sys.modules and used.ru_utime + used.ru_stime < 0.5, used
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stderr
     for command in COMMANDS:
         assert sum(line.startswith(f"  {command} ") for line in done.stdout.splitlines()) == 1
@@ -192,7 +192,7 @@ def test_a_command_whose_output_nobody_reads_ends_quietly(unbuffered: str) -> No
     read, write = os.pipe()
     os.close(read)
     command = [sys.executable, "-m", "dtpvit", "help"]
-    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, timeout=60, env=environment, check=False)
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, timeout=500, env=environment, check=False)
     os.close(write)
     assert (done.returncode, done.stderr) == (141, b"")
 

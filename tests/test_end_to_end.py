@@ -26,7 +26,7 @@ def run(folder, *arguments, fails=False):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "dtpvit", *arguments]
     done = subprocess.run(
-        command, capture_output=True, text=True, cwd=folder, env=environment, timeout=300, check=False
+        command, capture_output=True, text=True, cwd=folder, env=environment, timeout=500, check=False
     )
     assert (done.returncode == 0) != fails, done.stderr
     return done
@@ -75,7 +75,7 @@ def test_wrong_paths_are_one_sentence_and_exit_code_2(tmp_path):
             capture_output=True,
             text=True,
             cwd=tmp_path,
-            timeout=120,
+            timeout=500,
             check=False,
         )
         said = [line for line in done.stderr.strip().splitlines() if line.startswith("dtpvit: ")]

@@ -20,7 +20,7 @@ from dtpvit._import_hook import AfterImport
 def python(code: str, *flags: str) -> str:
     """Standard output of ``code`` in a fresh interpreter."""
     done = subprocess.run(
-        [sys.executable, *flags, "-c", code], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, *flags, "-c", code], capture_output=True, text=True, timeout=500, check=False
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()

@@ -31,7 +31,7 @@ def run(folder, *arguments):
         text=True,
         cwd=folder,
         env=environment,
-        timeout=300,
+        timeout=500,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -120,7 +120,7 @@ def test_a_killed_run_ends_as_one_that_was_not(folder):
     command = [sys.executable, "-m", "dtpvit", *options, *root("killed")]
     last = folder / "killed/checkpoints/last.ckpt"
     process = subprocess.Popen(command, cwd=folder, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 500
     while process.poll() is None and time.monotonic() < deadline:
         try:
             if torch.load(last, weights_only=True)["global_step"] >= 8:  # in the second epoch of six steps

@@ -21,6 +21,7 @@ from dtpvit.datamodules.shapes import ShapesParameters, generate_shapes
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "configs" / "launch"
+PATIENCE = 500.0  # seconds; a run takes 20
 VISION = {"image_size": 32, "patch_size": 4, "dim": 32, "depth": 3, "num_heads": 2, "drop_path": 0.2}
 VISION |= {"reducers": {1: {"class_path": "DynamicPooling", "init_args": {"compression": 4}}}}
 TEXT = {"context_length": 24, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
@@ -68,7 +69,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(project: Path) -> dict[str, Any]:
-    assert run(project, "whole").wait() == 0
+    assert code(run(project, "whole")) == 0
     return state(project, "whole")
 
 
@@ -84,14 +85,25 @@ def run(
         return subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True)
 
 
+def code(process: subprocess.Popen[bytes]) -> int:
+    """With which the run ended; one that hangs is ended with all that it started."""
+    try:
+        return process.wait(PATIENCE)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+
+
 def state(folder: Path, name: str) -> dict[str, Any]:
     return torch.load(folder / f"runs/{name}/checkpoints/last.ckpt", weights_only=True)
 
 
 def wait_for_a_step(folder: Path, name: str, process: subprocess.Popen[bytes]) -> None:
-    last, deadline = folder / f"runs/{name}/checkpoints/last.ckpt", time.monotonic() + 300
+    last, deadline = folder / f"runs/{name}/checkpoints/last.ckpt", time.monotonic() + PATIENCE
     while not last.is_file():
-        assert process.poll() is None and time.monotonic() < deadline, (folder / f"{name}.log").read_text()
+        if time.monotonic() > deadline:
+            os.killpg(process.pid, signal.SIGKILL)
+        assert process.poll() is None, (folder / f"{name}.log").read_text()
         time.sleep(0.02)
     time.sleep(float(torch.rand(())))
 
@@ -118,8 +130,8 @@ def test_killed_on_two_ranks_and_continued_is_as_never_killed(project: Path, who
     process = run(project, "killed")
     wait_for_a_step(project, "killed", process)
     os.killpg(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    assert run(project, "killed", "--ckpt_path", "last").wait() == 0
+    assert code(process) == -signal.SIGKILL
+    assert code(run(project, "killed", "--ckpt_path", "last")) == 0
     check_same(state(project, "killed"), whole)
 
 
@@ -134,10 +146,10 @@ def test_told_to_end_on_two_ranks_and_continued_is_as_never_told(to: str, projec
         os.killpg(process.pid, signal.SIGTERM)
     else:
         os.kill(process.pid if to == "first" else second_rank(process), signal.SIGTERM)
-    assert process.wait() == 143, (project / f"{name}.log").read_text()
+    assert code(process) == 143, (project / f"{name}.log").read_text()
     (line,) = said(project, name)
     assert f"after step {state(project, name)['global_step']}," in line
-    assert run(project, name, "--ckpt_path", "last").wait() == 0
+    assert code(run(project, name, "--ckpt_path", "last")) == 0
     check_same(state(project, name), whole)
 
 
@@ -146,10 +158,10 @@ def test_a_sharded_run_is_told_to_end_and_goes_on_sharded_or_not(project: Path, 
     process = run(project, "sharded", fragment="fsdp")
     wait_for_a_step(project, "sharded", process)
     os.kill(second_rank(process), signal.SIGTERM)
-    assert process.wait() == 143, (project / "sharded.log").read_text()
+    assert code(process) == 143, (project / "sharded.log").read_text()
     shutil.copytree(project / "runs/sharded", project / "runs/whole_again")
-    assert run(project, "sharded", "--ckpt_path", "last", fragment="fsdp").wait() == 0
-    assert run(project, "whole_again", "--ckpt_path", "last").wait() == 0
+    assert code(run(project, "sharded", "--ckpt_path", "last", fragment="fsdp")) == 0
+    assert code(run(project, "whole_again", "--ckpt_path", "last")) == 0
     for name in ("sharded", "whole_again"):
         check_same(state(project, name), whole, rtol=1e-2, atol=1e-4)
 
@@ -165,10 +177,10 @@ def test_two_agents_of_torchrun_are_two_machines(project: Path, whole: dict[str,
     agents = [run(project, "agents", before=agent) for _ in range(2)]
     wait_for_a_step(project, "agents", agents[0])
     os.kill(agents[1].pid, signal.SIGTERM)
-    assert [each.wait() for each in agents] == [1, 1]  # torchrun's own code, whatever its workers' was
+    assert [code(each) for each in agents] == [1, 1]  # torchrun's own code, whatever its workers' was
     assert len(said(project, "agents")) == 1
     agents = [run(project, "agents", "--ckpt_path", "last", before=agent) for _ in range(2)]
-    assert [each.wait() for each in agents] == [0, 0]
+    assert [code(each) for each in agents] == [0, 0]
     check_same(state(project, "agents"), whole)
 
 
@@ -224,9 +236,9 @@ def test_a_restart_of_torchrun_goes_on_with_its_own_run_alone(
     dying += "    def die_at(self, count):\n        if os.environ['TORCHELASTIC_RESTART_COUNT'] == str(count):\n"
     dying += "            os.kill(os.getpid(), signal.SIGKILL)\n"
     (project / "dying.py").write_text(dying)
-    assert run(project, "again", "--trainer.max_epochs", "1").wait() == 0
+    assert code(run(project, "again", "--trainer.max_epochs", "1")) == 0
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "2")
     process = run(project, "again", "--trainer.callbacks+=dying.Dying", before=torchrun)
-    assert process.wait() == 0, (project / "again.log").read_text()
+    assert code(process) == 0, (project / "again.log").read_text()
     assert (project / "again.log").read_text().count("moved the earlier run of that name") == 1
     check_same(state(project, "again"), whole)

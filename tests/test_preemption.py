@@ -234,6 +234,6 @@ def test_a_second_sigterm_ends_at_once(project: Path) -> None:
     Path("twice.yaml").write_text("trainer: {callbacks: [{class_path: test_preemption.Twice}]}")
     command = [sys.executable, "-m", "dtpvit", "fit", "--config", "line.yaml", "--config", "twice.yaml"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run([*command, "--data", "points.txt"], env=environment, timeout=120, check=False)
+    done = subprocess.run([*command, "--data", "points.txt"], env=environment, timeout=500, check=False)
     assert done.returncode == -signal.SIGTERM
     assert not Path("runs/line/checkpoints").exists()

@@ -46,7 +46,7 @@ export("last.ckpt", "exported")
 
 def run(*command: str, cwd: Path, path: str = "") -> str:
     environment = {**os.environ, "PYTHONPATH": path}
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, env=environment, check=False)
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=500, env=environment, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout.strip()
 

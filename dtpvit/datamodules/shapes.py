@@ -6,10 +6,11 @@ Some pairs of colour and shape never occur in training, so that zero-shot accura
 import hashlib
 import io
 import json
-import multiprocessing
 import os
 import tarfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,6 +21,7 @@ from tqdm import tqdm
 
 from dtpvit.datamodules.image_text import ImageTextShards
 from dtpvit.datamodules.scenes import CLASSES, HELD_OUT, SEEN, Scene, draw_scene
+from dtpvit.datamodules.worker_signals import end_with_parent
 from dtpvit.errors import UserError
 
 __all__ = ["ShapesDataModule", "ShapesParameters", "generate_shapes"]
@@ -126,7 +128,7 @@ class ShapesDataModule(ImageTextShards):
         """Draw the scenes, unless they are there.
 
         Raises:
-            UserError: If ``root`` holds something that this class did not write.
+            UserError: If ``root`` holds something that this class did not write, or a process is killed.
         """
         generate_shapes(self.root, self.parameters, processes=self.processes)
 
@@ -137,7 +139,7 @@ def generate_shapes(root: Path, parameters: ShapesParameters, *, processes: int 
     The bytes do not depend on ``processes`` (None: every core).
 
     Raises:
-        UserError: If ``root`` holds something that this function did not write.
+        UserError: If ``root`` holds something that this function did not write, or a process is killed.
     """
     if _is_drawn(root, parameters):
         return False
@@ -183,9 +185,14 @@ def _write_all(folder: Path, parameters: ShapesParameters, processes: int | None
             for shard in shards:
                 bar.update(_write_shard(shard))
         else:
-            with multiprocessing.Pool(workers) as pool:
-                for written in pool.imap_unordered(_write_shard, shards):
-                    bar.update(written)
+            try:
+                with ProcessPoolExecutor(workers, initializer=end_with_parent) as pool:
+                    for written in pool.map(_write_shard, shards):
+                        bar.update(written)
+            except BrokenProcessPool:
+                raise UserError(
+                    "One of the processes that draw was killed, probably for want of memory; give fewer processes."
+                ) from None
     for name in _LABELLED:
         _write_lines(folder / name / "classnames.txt", [f"{colour} {shape}" for colour, shape in CLASSES])
         _write_lines(folder / name / "templates.txt", _TEMPLATES)

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from dtpvit.datamodules.samples import SkippedSample, captions_of, decode_image, raw_sample
 from dtpvit.datamodules.tars import Fault, scan_shard
+from dtpvit.datamodules.worker_signals import end_with_parent
 from dtpvit.errors import UserError
 
 __all__ = ["LOST", "OF_SAMPLES", "ShardSurvey", "default_workers", "survey_shard", "survey_shards"]
@@ -104,7 +105,7 @@ def survey_shards(
         return
     context = get_context("forkserver")  # forked from a process without threads, torch already imported
     context.set_forkserver_preload([__name__])
-    pool = ProcessPoolExecutor(min(workers, len(shards)), context, initializer=_quiet)
+    pool = ProcessPoolExecutor(min(workers, len(shards)), context, initializer=_begin)
     try:
         yield from bar(pool.map(survey, shards))
     except BrokenProcessPool:
@@ -128,6 +129,7 @@ def _judge(key: str, parts: dict[str, bytes], decode: bool) -> tuple[tuple[int, 
     return decode_image(raw.image).size if decode else None, captions
 
 
-def _quiet() -> None:
+def _begin() -> None:
     """PIL's remarks on metadata would break the progress bar; what cannot be used is counted."""
     warnings.simplefilter("ignore")
+    end_with_parent()

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-__all__ = ["obey_parent_alone", "started"]
+__all__ = ["end_with_parent", "obey_parent_alone", "started"]
 
 _FOR_THE_JOB = {signal.SIGTERM, signal.SIGUSR1}
 
@@ -42,12 +42,21 @@ def obey_parent_alone(worker: int) -> None:
         worker: Its number, which does not matter.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, _FOR_THE_JOB)
-    parent: Any = parent_process()
-    Thread(target=_end_with, args=(parent,), name="end-with-parent", daemon=True).start()
+    end_with_parent()
     if hasattr(signal, "sigwaitinfo"):
+        parent: Any = parent_process()
         Thread(target=_obey, args=(parent.pid,), name="obey-parent", daemon=True).start()
     else:  # macOS cannot tell who sent a signal
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+
+
+def end_with_parent() -> None:
+    """End this process with the one that it was made for; a pool's ``initializer``.
+
+    Where that one is killed, the processes of a ``ProcessPoolExecutor`` wait for work for ever.
+    """
+    parent: Any = parent_process()
+    Thread(target=_end_with, args=(parent,), name="end-with-parent", daemon=True).start()
 
 
 def _end_with(parent: BaseProcess) -> None:

@@ -27,7 +27,6 @@ transformers = pytest.importorskip("transformers", reason="needs the extra dtpvi
 TOKENIZE = Tokenize(8)
 SIZE = 32
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning"),  # several workers are wanted
     pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning"),  # as in a run
     pytest.mark.filterwarnings("ignore:Palette images with Transparency:UserWarning"),
 ]

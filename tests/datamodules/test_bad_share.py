@@ -11,8 +11,6 @@ from dtpvit.datamodules.samples import ImageText
 from dtpvit.errors import UserError
 from dtpvit.interop.preprocessing import eval_transform
 
-pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
-
 
 def loader(shards, **options):
     recipe = ImageText(eval_transform(8), tokenize)

@@ -23,8 +23,6 @@ pytestmark = [
     # Said by torch of lightning 2.6, but in the name of typing_extensions.
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning"),
-    # Three workers on a machine of two cores are wanted here.
-    pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning"),
 ]
 
 

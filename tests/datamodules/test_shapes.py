@@ -2,7 +2,9 @@
 
 import io
 import json
+import os
 import re
+import signal
 from collections import Counter
 from pathlib import Path
 
@@ -165,6 +167,18 @@ def test_an_interrupted_drawing_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr("dtpvit.datamodules.shapes._write_lines", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         generate_shapes(tmp_path / "shapes", ShapesParameters(num_train=8, num_val=1, num_test=1, side=16), processes=1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def _killed(shard):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_process_that_is_killed_ends_the_drawing(tmp_path, monkeypatch):
+    """As where memory runs out. A `multiprocessing.Pool` would wait for it for ever."""
+    monkeypatch.setattr("dtpvit.datamodules.shapes._write_shard", _killed)
+    with pytest.raises(UserError, match="draw was killed, probably for want of memory; give fewer processes"):
+        generate_shapes(tmp_path / "shapes", SMALL, processes=2)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -187,11 +187,14 @@ def served(checkpoints, tmp_path_factory):
             yield address
         finally:
             process.terminate()
-            process.wait(30)
+            try:
+                process.wait(60)
+            finally:
+                process.kill()  # or the tests would wait for one that does not end
 
 
 def wait_for(address, process, log):
-    end = time.monotonic() + 120
+    end = time.monotonic() + 500
     while time.monotonic() < end and process.poll() is None:
         try:
             return urllib.request.urlopen(address, timeout=30).close()

@@ -54,7 +54,7 @@ def run_blocks(text):
     """Each Python block of a card, as somebody would paste it, in a process of its own; what they print."""
     said = []
     for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600, check=False)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=500, check=False)
         assert done.returncode == 0, done.stderr
         said.append(done.stdout)
     return said
