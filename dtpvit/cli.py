@@ -17,7 +17,7 @@ from typing import Any, get_type_hints
 from dtpvit import __version__
 from dtpvit._commands import COMMANDS
 from dtpvit._shorthands import SHORTHANDS, expand_shorthands, missing_file, options
-from dtpvit.errors import UserError, chain, unwritten
+from dtpvit.errors import UserError, barred, chain, unwritten
 
 __all__ = ["COMMANDS", "explain", "main"]
 
@@ -213,9 +213,11 @@ def _unknown_command(name: str) -> str:
 
 
 def _underscores(argument: str) -> str:
-    """Spell ``--batch-size`` as the parameter is spelt, ``--batch_size``; values stay as they are."""
+    """Spell ``--batch-size`` as the parameter is spelt, ``--batch_size``; values and blocks, 0-11, stay as they are."""
     match = re.match(r"--[A-Za-z][\w.-]*", argument)
-    return argument if match is None else "--" + match[0][2:].replace("-", "_") + argument[match.end() :]
+    if match is None:
+        return argument
+    return "--" + re.sub(r"(?<!\d)-|-(?!\d)", "_", match[0][2:]) + argument[match.end() :]
 
 
 def _with_config_of_run(command: str, arguments: list[str]) -> list[str]:
@@ -278,6 +280,8 @@ def explain(error: BaseException) -> str | None:
             return _one_line(str(link))
     if what := unwritten(error):
         return f"{what}; make room and start again"
+    if what := barred(error):
+        return f"{what}; correct its permissions, or give another place"
     if type(error).__name__ == "MisconfigurationException":  # Lightning's own word for a mistake of its user
         return _one_line(str(error))
     return _one_line(_without_types(str(error))) if isinstance(error, argparse.ArgumentError) else None
@@ -292,7 +296,7 @@ def _without_types(message: str) -> str:
 
 
 _DEEPEST = 50
-_SAYS_WHAT_TO_DO = r"(-c|--config|--model|-h|--help|--print_config)(?![a-z])"
+_SAYS_WHAT_TO_DO = r"(-c|--config|--model|--model\.class_path|-h|--help|--print_config)(?![a-z.])"
 _REPORT_ON_TYPES = (
     r"[\s-]*(Does not validate against any of the Union|Subtypes:|Errors:|Given value|"
     r"Expected a <class 'NoneType'>|Expected a path but)"
