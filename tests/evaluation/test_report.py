@@ -309,6 +309,8 @@ def test_broken_files_are_remarked_upon(project):
     (folder / "efficiency.csv").write_text("epoch,steps,step_seconds\n0,nan,inf\n")
     (folder / "versions.json").write_text('{"command": 1')
     (folder / "skipped.jsonl").write_text("[1]\nnonsense\n")
+    (Path("runs/dense") / "config.yaml").write_text("model: {init_args: [1]}")
+    max(Path("runs/dense/pictures").iterdir()).write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
     for path in (folder / "checkpoints/last.ckpt", max((folder / "pictures").iterdir())):
         path.write_bytes(path.read_bytes()[:200])
     page, _ = report("runs/pooled", "runs/dense")
