@@ -4,6 +4,7 @@ import argparse
 import difflib
 import importlib
 import inspect
+import io
 import json
 import logging
 import os
@@ -31,15 +32,25 @@ def main(argv: list[str] | None = None) -> int:
     Raises:
         Exception: Whatever is not the user's mistake, for its traceback; with ``DTPVIT_DEBUG=1`` everything.
     """
+    _open_streams()
+    code = None
     try:
         try:
-            return _run(sys.argv[1:] if argv is None else list(argv))
+            code = _run(sys.argv[1:] if argv is None else list(argv))
         finally:
             print(end="", flush=True)
+        return code
     except BrokenPipeError:
         if not _silence_unread():
             raise  # the pipe of another process of ours
         return 141  # what a shell reports of a program that SIGPIPE has ended
+    except OSError as error:
+        if error.filename is not None or not (what := unwritten(error)):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains as it flushes at its end
+        if code != 2:
+            print(f"dtpvit: of the output, {what}; make room and start again", file=sys.stderr)
+        return 2
 
 
 def _run(arguments: list[str]) -> int:
@@ -59,6 +70,16 @@ def _run(arguments: list[str]) -> int:
             raise
         print(f"dtpvit: {sentence}", file=sys.stderr)
         return 2
+
+
+def _open_streams() -> None:
+    """Let output go nowhere where it was closed, and let it be of letters that the terminal or the locale lacks."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            # Or the next file to be opened would take its number, and what libraries print.
+            setattr(sys, name, open(os.devnull, "w"))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _silence_unread() -> bool:

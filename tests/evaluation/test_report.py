@@ -319,6 +319,12 @@ def test_broken_files_are_remarked_upon(project):
     assert "last.ckpt is damaged" in page
 
 
+def test_names_of_folders_need_not_be_text(project):
+    Path("runs/pooled").rename("runs/p\udcff")
+    assert main(["report", "runs/p\udcff", "--out", "r\udcff.html"]) == 0
+    assert "(r%FF_pictures/" in Path("r\udcff.md").read_text() and "p?" in Path("r\udcff.html").read_text()
+
+
 def test_a_run_killed_in_its_first_epoch(project):
     folder = Path("runs/pooled")
     for name in ("efficiency.csv", "checkpoints", "pictures"):
