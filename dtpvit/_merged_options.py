@@ -27,32 +27,43 @@ def parse_merged(parser: ArgumentParser, arguments: list[str]) -> Namespace:
     Raises:
         UserError: If an option leads into what is no mapping.
     """
-    # At least --model.model.vision.dim; whether "model" is a mapping or a class is known when all else is parsed.
+    # At least --model.model.vision.dim; whether "model" is a mapping or a class is known when all is parsed.
     deep = [found for found in options(arguments) if found[2].startswith("--") and found[2].count(".") >= 3]
     if not deep:
         return parser.parse_args(arguments)
-    taken = {place for index, width, _, _ in deep for place in range(index, index + width)}
-    others = [argument for place, argument in enumerate(arguments) if place not in taken]
-    silent = [argument for argument in others if not argument.startswith("--print_config")]
-    merged = dict[str, dict[Any, Any]]()
     try:
-        base = parser.parse_args(silent)
+        base = _parsed(parser, _without(arguments, deep))
     except Exception:  # a required argument is among them
-        base = parser.parse_args([argument for argument in arguments if not argument.startswith("--print_config")])
+        base = _parsed(parser, arguments)
+    deep = [found for found in deep if _place(base, found[2]) is not None]
+    others = _without(arguments, deep)  # each where it stood: what is said of a callback follows the callback
+    try:
+        base = _parsed(parser, others)
+    except Exception:
         for _, _, option, _ in deep:
-            if (place := _place(base[arguments[0]], option)) is not None:
+            if (place := _place(base, option)) is not None:
                 _drop(place[1], place[2][0])  # of which jsonargparse kept the last option alone
-    for index, width, option, value in deep:
-        place = _place(base[arguments[0]], option)
-        if place is None:
-            others += arguments[index : index + width]
-            continue
+    merged = dict[str, dict[Any, Any]]()
+    for _, _, option, value in deep:
+        place = _place(base, option)
+        assert place is not None
         path, mapping, keys = place
         _put(merged.setdefault(path, deepcopy(mapping)), keys, _value(value), option)
     dumped = [
         yaml.safe_dump(content, default_flow_style=True, width=math.inf, sort_keys=False) for content in merged.values()
     ]
     return parser.parse_args(others + [f"--{path}={text}" for path, text in zip(merged, dumped, strict=True)])
+
+
+def _parsed(parser: ArgumentParser, arguments: list[str]) -> Namespace:
+    """The subcommand's config, without printing it."""
+    silent = [argument for argument in arguments if not argument.startswith("--print_config")]
+    return parser.parse_args(silent)[arguments[0]]
+
+
+def _without(arguments: list[str], found: list[tuple[int, int, str, str]]) -> list[str]:
+    taken = {place for index, width, _, _ in found for place in range(index, index + width)}
+    return [argument for place, argument in enumerate(arguments) if place not in taken]
 
 
 def _place(config: Namespace, option: str) -> tuple[str, dict[Any, Any], list[str]] | None:
@@ -62,6 +73,8 @@ def _place(config: Namespace, option: str) -> tuple[str, dict[Any, Any], list[st
     while keys:
         if node is None or isinstance(node, dict):
             return (".".join(path), node or {}, keys) if len(keys) > 1 else None
+        if isinstance(node, str):
+            raise UserError(f"{option} leads into {path[-1]}, which is {node!r}: expected a mapping.")
         if not isinstance(node, Namespace):
             return None
         step = "init_args" if "class_path" in node and keys[0] not in ("class_path", "init_args") else keys.pop(0)

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from dtpvit.errors import UserError
+from dtpvit.yaml_input import parse_yaml
 
 __all__ = ["SHORTHANDS", "expand_shorthands", "missing_file", "naming_file", "options"]
 
@@ -109,7 +110,7 @@ def _fragment(option: str, value: str) -> dict[Any, Any]:
     if not inline and not Path(value).is_file():
         raise missing_file(f"file of {option}", value, f"configs/{option.removeprefix('--').removesuffix('s')}s")
     try:
-        found = yaml.safe_load(value if inline else Path(value).read_text(encoding="utf-8"))
+        found = parse_yaml(value if inline else Path(value).read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{option} {value} is no YAML: {error}") from error
     if not isinstance(found, dict):

@@ -4,6 +4,7 @@ import argparse
 import difflib
 import importlib
 import inspect
+import io
 import json
 import logging
 import os
@@ -17,7 +18,7 @@ from typing import Any, get_type_hints
 from dtpvit import __version__
 from dtpvit._commands import COMMANDS
 from dtpvit._shorthands import SHORTHANDS, expand_shorthands, missing_file, options
-from dtpvit.errors import UserError, chain, unwritten
+from dtpvit.errors import UserError, barred, chain, unwritten
 
 __all__ = ["COMMANDS", "explain", "main"]
 
@@ -31,15 +32,25 @@ def main(argv: list[str] | None = None) -> int:
     Raises:
         Exception: Whatever is not the user's mistake, for its traceback; with ``DTPVIT_DEBUG=1`` everything.
     """
+    _open_streams()
+    code = None
     try:
         try:
-            return _run(sys.argv[1:] if argv is None else list(argv))
+            code = _run(sys.argv[1:] if argv is None else list(argv))
         finally:
             print(end="", flush=True)
+        return code
     except BrokenPipeError:
         if not _silence_unread():
             raise  # the pipe of another process of ours
         return 141  # what a shell reports of a program that SIGPIPE has ended
+    except OSError as error:
+        if error.filename is not None or not (what := unwritten(error)):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains as it flushes at its end
+        if code != 2:
+            print(f"dtpvit: of the output, {what}; make room and start again", file=sys.stderr)
+        return 2
 
 
 def _run(arguments: list[str]) -> int:
@@ -59,6 +70,16 @@ def _run(arguments: list[str]) -> int:
             raise
         print(f"dtpvit: {sentence}", file=sys.stderr)
         return 2
+
+
+def _open_streams() -> None:
+    """Let output go nowhere where it was closed, and let it be of letters that the terminal or the locale lacks."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            # Or the next file to be opened would take its number, and what libraries print.
+            setattr(sys, name, open(os.devnull, "w"))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _silence_unread() -> bool:
@@ -213,9 +234,11 @@ def _unknown_command(name: str) -> str:
 
 
 def _underscores(argument: str) -> str:
-    """Spell ``--batch-size`` as the parameter is spelt, ``--batch_size``; values stay as they are."""
+    """Spell ``--batch-size`` as the parameter is spelt, ``--batch_size``; values and blocks, 0-11, stay as they are."""
     match = re.match(r"--[A-Za-z][\w.-]*", argument)
-    return argument if match is None else "--" + match[0][2:].replace("-", "_") + argument[match.end() :]
+    if match is None:
+        return argument
+    return "--" + re.sub(r"(?<!\d)-|-(?!\d)", "_", match[0][2:]) + argument[match.end() :]
 
 
 def _with_config_of_run(command: str, arguments: list[str]) -> list[str]:
@@ -278,6 +301,8 @@ def explain(error: BaseException) -> str | None:
             return _one_line(str(link))
     if what := unwritten(error):
         return f"{what}; make room and start again"
+    if what := barred(error):
+        return f"{what}; correct its permissions, or give another place"
     if type(error).__name__ == "MisconfigurationException":  # Lightning's own word for a mistake of its user
         return _one_line(str(error))
     return _one_line(_without_types(str(error))) if isinstance(error, argparse.ArgumentError) else None
@@ -292,7 +317,7 @@ def _without_types(message: str) -> str:
 
 
 _DEEPEST = 50
-_SAYS_WHAT_TO_DO = r"(-c|--config|--model|-h|--help|--print_config)(?![a-z])"
+_SAYS_WHAT_TO_DO = r"(-c|--config|--model|--model\.class_path|-h|--help|--print_config)(?![a-z.])"
 _REPORT_ON_TYPES = (
     r"[\s-]*(Does not validate against any of the Union|Subtypes:|Errors:|Given value|"
     r"Expected a <class 'NoneType'>|Expected a path but)"

@@ -3,9 +3,10 @@
 import errno
 from collections.abc import Iterator
 
-__all__ = ["UserError", "chain", "unwritten"]
+__all__ = ["UserError", "barred", "chain", "unwritten"]
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_WAY = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
 
 
 class UserError(ValueError):
@@ -31,4 +32,12 @@ def unwritten(error: BaseException) -> str | None:
     for link in chain(error):
         if isinstance(link, OSError) and link.errno in _NO_ROOM:
             return f"{link.filename or 'a file'} could not be written ({link.strerror})"
+    return None
+
+
+def barred(error: BaseException) -> str | None:
+    """Which place, and why, could be neither read nor written as it was wanted; None if it was none of that."""
+    for link in chain(error):
+        if isinstance(link, OSError) and link.errno in _NO_WAY and link.filename is not None:
+            return f"{link.filename} cannot be used ({link.strerror})"
     return None

@@ -5,10 +5,14 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dtpvit.errors import UserError
 
-__all__ = ["PARTIAL", "named", "output_file", "write_json", "write_text", "written_beside"]
+if TYPE_CHECKING:
+    from PIL import Image
+
+__all__ = ["PARTIAL", "named", "output_file", "write_json", "write_picture", "write_text", "written_beside"]
 
 PARTIAL = ".partial"
 """What the name of a file ends in as long as it is being written."""
@@ -35,11 +39,16 @@ def written_beside(path: Path) -> Iterator[Path]:
     """A path beside ``path`` to write to; the file there is flushed to the disk and takes the name afterwards.
 
     Whoever reads, and whatever happens to the process or the machine, sees the old file or the new one. If the
-    writing fails, what there is of it is removed; after a kill it stays until the next try.
+    writing fails, what there is of it is removed; after a kill it stays until the next try. What is no file, such as
+    /dev/stdout, is written to as it is.
 
     Raises:
         OSError: If it cannot be written, flushed or renamed; the old file then stays.
     """
+    if path.exists() and not path.is_file():
+        with named(path):
+            yield path
+        return
     partial = path.with_name(f"{path.name}{PARTIAL}")
     try:
         with named(path):
@@ -78,8 +87,19 @@ def write_json(path: Path, value: object) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write ``text`` beside ``path`` and rename it: whoever reads sees the old file or the new one.
 
+    Names of files need not be text; what is none in them becomes "?".
+
     Raises:
         OSError: If it cannot be written; the old file then stays.
     """
     with written_beside(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_text(text, encoding="utf-8", errors="replace")
+
+
+def write_picture(path: Path, picture: "Image.Image") -> None:
+    """Write a picture, of the kind that ``path`` ends in, see :func:`write_text`."""
+    from PIL import Image
+
+    with written_beside(path) as partial:
+        # PNG, having no loss, leaves the quality aside.
+        picture.save(partial, Image.registered_extensions()[path.suffix.lower()], quality=90)

@@ -130,6 +130,11 @@ MISTAKES = {
     "far from any command": (["xyzzy"], "`dtpvit help`"),
     "option before the command": (["--config", "line.yaml"], "a command was expected"),
     "no config": (["fit", "--data", "points.txt"], "`dtpvit fit --config FILE`"),
+    "no config, but an option": (["fit", "--model.init_args.lr", "1"], "`dtpvit fit --config FILE`"),
+    "a file where a folder is to be": (
+        ["fit", "-c", "line.yaml", "--data", "points.txt", "--trainer.default_root_dir", "points.txt"],
+        "points.txt cannot be used (File exists); correct its permissions, or give another place",
+    ),
     "config file": (["fit", "--config", "lime.yaml"], "did you mean line.yaml?"),
     "option": (["fit", "-c", "line.yaml", "--model.init_args.lrr", "1"], "'lrr' is not accepted"),
     "trainer option": (["fit", "-c", "line.yaml", "--trainer.max_epoch_count", "1"], "max_epoch_count"),
@@ -509,6 +514,14 @@ def test_validate_repeats_the_validation_and_leaves_the_run_alone(
     words = capsys.readouterr().out.replace("│", " ").split()
     assert math.isclose(float(words[words.index("val/loss") + 1]), expected, rel_tol=1e-6)
     assert {path: path.stat().st_mtime_ns for path in Path("runs").rglob("*") if path.is_file()} == before
+
+
+def test_the_config_beside_a_checkpoint_can_be_changed(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert fit() == 0
+    command = ["validate", "--ckpt_path", "runs/line/checkpoints/last.ckpt", "--data", "points.txt"]
+    assert main([*command, "--model.init_args.lr", "0.25"]) == 0
+    assert main([*command, "--model.init_args.lrr", "0.25"]) == 2
+    assert "'cli_example.Line': Option 'lrr' is not accepted" in capsys.readouterr().err
 
 
 @pytest.mark.slow

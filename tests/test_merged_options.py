@@ -34,7 +34,8 @@ def parsed(folder: Path, *arguments: str, model: object = MODEL) -> Namespace:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subcommands().add_subcommand("fit", command)
     config = {"model": {"class_path": "test_merged_options.Task", "init_args": {"model": model}}}
-    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    if model:
+        (folder / "config.yaml").write_text(yaml.safe_dump(config))
     start = ["--config", str(folder / "config.yaml")] if model else []
     return parse_merged(parser, ["fit", *start, *arguments]).fit.model
 
@@ -66,6 +67,23 @@ def test_all_may_stand_on_the_command_line(tmp_path):
     assert parsed(tmp_path, *named, *deep, model=None).init_args.model.keys() == {"vision", "text"}
 
 
+def test_options_of_every_depth_count(tmp_path):
+    whole = "--model.init_args.model.vision={'width': 1, 'depth': 2}"
+    found = parsed(tmp_path, "--model.init_args.model.dim=4", whole, "--model.init_args.model.vision.width=3")
+    assert found.init_args.model == {"dim": 4, "vision": {"width": 3, "depth": 2}}
+
+
+def test_an_option_may_stand_before_the_config(tmp_path):
+    parsed(tmp_path)
+    deep = ["--model.init_args.model.vision.width=1", "--config", str(tmp_path / "config.yaml")]
+    assert parsed(tmp_path, *deep, model=None).init_args.model["dim"] == MODEL["dim"]
+
+
+def test_a_way_through_a_name_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"model\.vision\.width leads into model, which is 'small': expected a mapping"):
+        parsed(tmp_path, "--model.init_args.model.vision.width=1", model="small")
+
+
 def test_a_way_through_a_number_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"model\.dim\.more leads into dim, which is 8: expected a mapping"):
         parsed(tmp_path, "--model.init_args.model.dim.more=1")
@@ -89,6 +107,19 @@ def test_it_is_an_assignment(tree, keys, tmp_path_factory):
     found = parsed(tmp_path_factory.mktemp("tree"), option, model=tree or {"z": 0}).init_args.model
     strings = lambda tree: {str(k): strings(v) if isinstance(v, dict) else v for k, v in tree.items()}  # noqa: E731
     assert strings(found) == strings(expected if tree else {"z": 0, **expected})
+
+
+def test_options_of_callbacks_follow_their_callbacks(capsys):
+    callbacks = ["--trainer.callbacks+=dtpvit.tasks.loss_watch.LossWatch", "--trainer.callbacks.init_args.stop=true"]
+    callbacks += ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.init_args.monitor=train/loss"]
+    deep = ["--model.init_args.model.vision.dim=64", "--print_config"]
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", str(QUICKSTART), *callbacks, *deep])
+    printed = yaml.safe_load(capsys.readouterr().out)
+    found = [callback["init_args"] for callback in printed["trainer"]["callbacks"]]
+    assert found[1] == {"stop": True} and found[2]["monitor"] == "train/loss"
+    whole = yaml.safe_load(QUICKSTART.read_text())["model"]["init_args"]["model"]["vision"]
+    assert printed["model"]["init_args"]["model"]["vision"] == whole | {"dim": 64}
 
 
 def test_the_quickstart_with_another_width_is_the_quickstart_else(capsys):

@@ -57,7 +57,12 @@ def test_a_checkpoint_records_the_fragment_it_was_trained_with(folder: Path) -> 
 
 @pytest.mark.parametrize(
     ("content", "sentence"),
-    [(None, "did you mean configs/reducers/tome.yaml?"), ("[1, 2]", "holds list"), ("{a: [}", "is no YAML")],
+    [
+        (None, "did you mean configs/reducers/tome.yaml?"),
+        ("[1, 2]", "holds list"),
+        ("{a: [}", "is no YAML"),
+        ("[" * 3000, "nested too deep"),
+    ],
 )
 def test_a_fragment_that_is_none_is_refused(folder: Path, content: str | None, sentence: str) -> None:
     if content is not None:

@@ -16,7 +16,7 @@ from dtpvit.datamodules.samples import RawSample, SkippedSample, captions_of, de
 from dtpvit.datamodules.shards import expand_shards
 from dtpvit.datamodules.tars import Fault, scan_shard
 from dtpvit.errors import UserError
-from dtpvit.output_file import output_file
+from dtpvit.output_file import output_file, write_picture
 
 __all__ = ["draw_sheet", "show"]
 
@@ -57,7 +57,7 @@ def show(shards: list[str], out: str = "sheet.png", count: int = 48, seed: int =
     cells = _choose(expand_shards(shards), count, seed)
     if not cells:
         raise UserError(f"No sample of {' '.join(shards)} has an image and a caption; `dtpvit data check` says why.")
-    draw_sheet(cells).save(target)
+    write_picture(target, draw_sheet(cells))
     print(f"{len(cells)} samples are in {target}.")
 
 

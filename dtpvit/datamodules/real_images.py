@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dtpvit.datamodules.image_places import Place, read_place
 from dtpvit.datamodules.samples import IMAGE_ENDINGS, SkippedSample, decode_image, read_samples
 from dtpvit.datamodules.shards import expand_shards
 from dtpvit.errors import UserError
@@ -34,6 +35,8 @@ def real_images(
     """
     folder = Path(source).expanduser()
     is_image = folder.is_file() and _is_image(folder)
+    if _is_image(folder) and not folder.exists():
+        raise UserError(f"there is no image {source}; give images, a folder of them, or shards")
     files = _image_files(folder) if folder.is_dir() else [folder] if is_image else []
     other_file = folder.is_file() and not is_image and folder.suffix not in (".tar", ".gz", ".tgz")
     if other_file or (folder.is_dir() and not files and not any(folder.rglob("*.tar*"))):
@@ -67,8 +70,8 @@ def _from_files(files: list[Path], count: int) -> Iterator[tuple[bytes, str]]:
     first = files[::step]
     for path in [*first, *sorted(set(files) - set(first))]:
         try:
-            yield path.read_bytes(), ""
-        except OSError:  # a dangling link, or not ours to read
+            yield read_place(Place(str(path))), ""
+        except SkippedSample:  # a dangling link, or not ours to read
             continue
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from dtpvit.errors import UserError
+from dtpvit.yaml_input import parse_yaml
 
 __all__ = ["ComparedRow", "read_rows"]
 
@@ -62,7 +63,7 @@ def read_rows(files: Sequence[str]) -> list[ComparedRow]:
 def _mapping(path: str) -> dict[Any, Any]:
     expected = "a YAML file that maps blocks to reducers, or series to settings to those"
     try:
-        found = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
+        found = parse_yaml(Path(path).expanduser().read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); give {expected}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -6,7 +6,6 @@ import shlex
 import sys
 from dataclasses import asdict
 from datetime import date
-from json import dumps
 from typing import Literal
 
 import torch
@@ -22,7 +21,7 @@ from dtpvit.evaluation.classifier import Precision
 from dtpvit.evaluation.comparison import Measured, measure_cost
 from dtpvit.evaluation.measuring import machine, versions
 from dtpvit.evaluation.towers import Tower, dense_counterpart, load_tower
-from dtpvit.output_file import output_file
+from dtpvit.output_file import output_file, write_json
 
 __all__ = ["cost"]
 
@@ -99,7 +98,7 @@ def cost(
             "images": images,
             "models": [asdict(result) for result in results],
         }
-        target.write_text(dumps(record, indent=2) + "\n", encoding="utf-8")
+        write_json(target, record)
 
 
 def _is_trained(tower: Tower) -> bool:

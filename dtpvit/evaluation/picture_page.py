@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -11,6 +12,7 @@ import numpy as np
 
 from dtpvit.evaluation.picture_sheet import Panel, embedded
 from dtpvit.evaluation.segment_pictures import Drawing, heat_colours
+from dtpvit.output_file import write_text
 
 __all__ = ["SlidingPanel", "write_page"]
 
@@ -53,9 +55,10 @@ def write_page(
     ]
     marks = "".join(f"<span>{escape(stop)}</span>" for stop in stops)
     rows = "\n".join(f'<section class="image">{_row(panels, numbers, start)}</section>' for panels in images)
-    page = _PAGE.replace("HEADING", escape(heading)).replace("ABOUT", escape(about)).replace("MARKS", marks)
-    page = page.replace("LAST", str(len(stops) - 1)).replace("START", str(start)).replace("RAMP", _ramp())
-    path.write_text(page.replace("PHOTOS", "".join(held)).replace("ROWS", rows), encoding="utf-8")
+    parts = {"HEADING": escape(heading), "ABOUT": escape(about), "MARKS": marks, "LAST": str(len(stops) - 1)}
+    parts |= {"START": str(start), "RAMP": _ramp(), "PHOTOS": "".join(held), "ROWS": rows}
+    # In one pass: these words may stand in a name, and some of them in the letters of a photograph.
+    write_text(path, re.sub("|".join(parts), lambda found: parts[found[0]], _PAGE))
 
 
 def _row(panels: Sequence[SlidingPanel], numbers: dict[bytes, int], start: int) -> str:

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from dtpvit.evaluation.segment_pictures import Drawing, font, heat_colours
+from dtpvit.output_file import write_picture, write_text
 
 __all__ = ["Panel", "data_address", "embedded", "jpeg", "sheet_image", "write_sheet"]
 
@@ -88,9 +89,9 @@ def write_sheet(path: Path, titles: Sequence[str], rows: Sequence[Sequence[Panel
         rows: Each of as many panels.
     """
     if path.suffix.lower() == ".svg":
-        path.write_text(_as_svg(_Sheet.of(titles, rows)), encoding="utf-8")
+        write_text(path, _as_svg(_Sheet.of(titles, rows)))
     else:
-        sheet_image(titles, rows).save(path, quality=90)  # which PNG, having no loss, leaves aside
+        write_picture(path, sheet_image(titles, rows))
 
 
 def jpeg(pixels: np.ndarray) -> bytes:

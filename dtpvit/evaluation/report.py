@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
+from dtpvit.datamodules.image_places import Place, read_place
+from dtpvit.datamodules.samples import SkippedSample, decode_image
 from dtpvit.errors import UserError
 from dtpvit.evaluation.picture_sheet import data_address, jpeg
 from dtpvit.evaluation.report_page import Picture, Report, Section, Table, as_html, as_markdown
@@ -134,9 +135,8 @@ def _picture(run: ComparedRun, files: dict[str, bytes]) -> list[Picture]:
     if path is None:
         return []
     try:
-        with Image.open(path) as opened:
-            image = opened.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # as Pillow has it, for a broken PNG
+        image = decode_image(read_place(Place(str(path))))
+    except SkippedSample:
         run.record.missing.append(f"pictures/{path.name} cannot be read")
         return []
     image.thumbnail((PICTURE_WIDTH, 100 * PICTURE_WIDTH))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, field
 from html import escape
@@ -89,7 +90,7 @@ def as_markdown(report: Report, pictures: str) -> str:
     """The same for wikis and pull requests; ``pictures`` is the folder of the files, as seen from the text."""
 
     def picture(alt: str, file: str) -> str:
-        return f"![{_plain(alt)}]({quote(f'{pictures}/{file}')})"
+        return f"![{_plain(alt)}]({quote(os.fsencode(f'{pictures}/{file}'))})"
 
     lines = ["# Training report", *_fenced([report.about])]
     lines += [f"{report.hint}\n"] if report.hint else []

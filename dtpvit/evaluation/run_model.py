@@ -15,6 +15,7 @@ from dtpvit.encoder.presets import preset
 from dtpvit.errors import UserError
 from dtpvit.evaluation.run_record import RunRecord
 from dtpvit.evaluation.towers import load_tower
+from dtpvit.interop.foreign_classes import check_classes
 from dtpvit.interop.image_models import vision_config
 from dtpvit.interop.model_config import replaced, with_vision
 
@@ -42,7 +43,7 @@ class RunModel:
 def run_task(run: RunRecord) -> str:
     """One of ``TASKS`` or, of a class of the user's own that trains something else, its name; empty if unknown."""
     own = str(run.at("model", "class_path") or "").rpartition(".")[2]
-    options = run.at("model", "init_args") or {}
+    options = _options(run)
     for task, entry, metrics in (
         ("Instruction", "language_model", ("val/exact", "train/cut_tokens")),
         ("Classification", "num_classes", ("val/acc1",)),
@@ -55,7 +56,7 @@ def run_task(run: RunRecord) -> str:
 
 def run_model(run: RunRecord) -> RunModel:
     """The model of a run."""
-    options = run.at("model", "init_args") or {}
+    options = _options(run)
     words = str(options.get("language_model") or "").rstrip("/").rpartition("/")[2]
     try:
         vision = _vision(options, run.encoder)
@@ -72,13 +73,20 @@ def nominal_gmacs(run: RunRecord) -> float | None:
     """
     torch.manual_seed(0)
     try:
-        tower = load_tower(str(run.folder / "config.yaml"))
+        config = run.folder / "config.yaml"
+        check_classes(run.config, config)
+        tower = load_tower(str(config))
         with torch.inference_mode():
             tower.image.eval()
             encoding = tower.encode(tower.pixels(None, 2)[0])[1]
         return None if encoding is None else tower.macs(encoding.layouts) / 1e9
     except Exception:  # whatever a config of another version or project may raise: the cell stays empty
         return None
+
+
+def _options(run: RunRecord) -> dict[str, Any]:
+    found = run.at("model", "init_args")
+    return found if isinstance(found, dict) else {}  # an edited config
 
 
 def _vision(options: Mapping[str, Any], encoder: Any) -> dict[str, Any]:

@@ -247,4 +247,5 @@ def _names(folders: Sequence[Path]) -> list[str]:
     depth = 1
     while len({part[-depth:] for part in parts}) < len(parts):
         depth += 1
-    return ["/".join(part[-depth:]) for part in parts]
+    names = ["/".join(part[-depth:]) for part in parts]
+    return [name.encode("utf-8", "replace").decode() for name in names]  # matplotlib draws nothing that is no text

@@ -6,7 +6,6 @@ import shlex
 import sys
 from dataclasses import asdict
 from datetime import date
-from json import dumps
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from dtpvit.evaluation.json_rows import read_rows
 from dtpvit.evaluation.vqa_questions import Majority, question_id
 from dtpvit.evaluation.vqa_references import Metric, References
 from dtpvit.evaluation.vqa_summary import Scoring, shown, summarise
-from dtpvit.output_file import output_file
+from dtpvit.output_file import output_file, write_json
 
 __all__ = ["report", "score", "scoring_of"]
 
@@ -86,4 +85,4 @@ def report(rows: list[dict[str, Any]], scoring: Scoring | None, target: Path | N
         how = {} if scoring is None else {"metric": scoring.metric, "strict": scoring.strict}
         command = shlex.join(["dtpvit", *sys.argv[1:]])
         record = {"command": command, "date": date.today().isoformat(), **about, **how, **asdict(summary)}
-        target.write_text(dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(target, record)

@@ -26,6 +26,7 @@ from dtpvit.interop.preprocessing import aspect_transform, eval_transform, norma
 from dtpvit.interop.pretrained import Pretrained
 from dtpvit.interop.timm_models import TRUNKS, TimmEncoder
 from dtpvit.interop.weight_files import read_checkpoint
+from dtpvit.yaml_input import parse_yaml
 
 __all__ = ["Tower", "dense_counterpart", "load_tower", "pretrained_tower", "twin_tower", "without_reducers"]
 
@@ -208,7 +209,7 @@ def _of_config(spec: str, path: Path) -> Tower:
     if not path.is_file():
         raise UserError(f"there is no config {path}; give a YAML of `dtpvit fit`")
     try:
-        options = yaml.safe_load(path.read_text(encoding="utf-8"))["model"]["init_args"]
+        options = parse_yaml(path.read_text(encoding="utf-8"))["model"]["init_args"]
         words = "language_model" in options
         model = options["encoder" if words else "model"]
     except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as error:

@@ -1,7 +1,6 @@
 """Zero-shot classification: how often an encoder is right, what it keeps of an image, and what that costs."""
 
 import hashlib
-import json
 import platform
 from dataclasses import asdict
 from importlib.metadata import version
@@ -18,7 +17,7 @@ from dtpvit.errors import UserError
 from dtpvit.evaluation.arguments import chosen_device
 from dtpvit.evaluation.classifier import Precision, build_classifier
 from dtpvit.evaluation.measure import ZeroShotResult, evaluate
-from dtpvit.output_file import output_file
+from dtpvit.output_file import output_file, write_json
 
 __all__ = ["ZeroShotResult", "build_classifier", "evaluate", "zeroshot"]
 
@@ -100,7 +99,7 @@ def zeroshot(
         record = _record(result, loaded.name, data, checkpoint) | settings
         if per_class:
             record["per_class"] = _per_class(result, names)
-        target.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(target, record)
 
 
 def _weights(model: str | None, checkpoint: str | None) -> tuple[str | None, str | None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +13,14 @@ from torch import Tensor
 from dtpvit.errors import UserError
 from dtpvit.interop.chat import Chat, Template
 from dtpvit.interop.checkpoint_format import FORMAT, FORMAT_KEY, check_format
+from dtpvit.interop.foreign_classes import check_classes
 from dtpvit.interop.image_models import ImageClassifier, create_classifier, image_model, pixel_statistics, vision_config
 from dtpvit.interop.language_model import added_adapters, load_language_model, merged
 from dtpvit.interop.loading import difference, load_state
 from dtpvit.interop.model_config import model_config
 from dtpvit.interop.visual_language import Select, VisualLanguageModel
 from dtpvit.interop.weight_files import read_checkpoint, state_of, write_safetensors
+from dtpvit.json_input import parse_json
 from dtpvit.output_file import write_json
 
 __all__ = [
@@ -220,11 +221,12 @@ def _from_folder(folder: Path) -> InstructionModel:
     if not file.is_file():
         raise UserError(f"{folder} holds no {_CONFIG}; expected a folder that `dtpvit export` wrote of this task")
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = parse_json(file.read_bytes())
         given = {name: config[name] for name in _ENTRIES}
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} is damaged ({error}); export the checkpoint anew") from error
     check_format(config.get(FORMAT_KEY), file)
+    check_classes(config, file)
     given["language_model"] = str(folder / _LANGUAGE)
     found = create_instruction_model(**given)
     load_parts(found.model, state_of(read_checkpoint(folder / _OWN)), folder)

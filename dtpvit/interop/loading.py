@@ -15,6 +15,7 @@ from dtpvit.encoder import ImageEncoder
 from dtpvit.errors import UserError
 from dtpvit.interop.checkpoint_format import FORMAT_KEY, check_format
 from dtpvit.interop.create import build_clip
+from dtpvit.interop.foreign_classes import check_classes
 from dtpvit.interop.model_config import NAMES, PATTERN, from_open_clip, model_config
 from dtpvit.interop.weight_files import read_checkpoint, state_of
 from dtpvit.json_input import parse_json
@@ -185,6 +186,7 @@ def _check_folder(folder: Path) -> None:
     except ValueError as error:
         raise UserError(f"{config} is damaged ({error}); export the checkpoint anew") from error
     check_format(described.get(FORMAT_KEY), config)
+    check_classes(described, config)
     for weights in folder.glob("*.safetensors"):
         read_checkpoint(weights)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dtpvit.errors import UserError
 from dtpvit.interop.checkpoint_format import FORMAT, FORMAT_KEY, migrate
+from dtpvit.interop.foreign_classes import check_classes
 from dtpvit.output_file import written_beside
 
 __all__ = ["damage", "read_checkpoint", "state_of", "up_to_date", "write_safetensors"]
@@ -28,9 +29,11 @@ def read_checkpoint(path: str | Path, *, mmap: bool = False) -> dict[str, Any]:
             tensors are not to be kept, for they change, or end the process, if the file is written to.
 
     Raises:
-        UserError: If the file is absent, truncated, holds more than tensors and plain values, or is of a newer format.
+        UserError: If the file is absent, truncated, holds more than tensors and plain values, is of a newer format, or
+            names a class that came in the same folder.
     """
     content = _read(Path(path), mmap)
+    check_classes(content.get("hyper_parameters"), Path(path))
     migrate(content, f"checkpoint {path}")
     return content
 
@@ -49,6 +52,8 @@ def _read(path: Path, mmap: bool) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except UserError:
         raise
+    except PermissionError as error:
+        raise UserError(f"checkpoint {path} cannot be read ({error.strerror}); correct its permissions") from error
     except Exception as error:  # torch's reader raises nearly anything on a file that is not its own
         # torch's own message advises to switch the safety off.
         what = (

@@ -10,11 +10,13 @@ from shard_files import jpeg, pair, write_tar
 
 from dtpvit.datamodules.image_places import Place, read_place
 from dtpvit.datamodules.labelled_images import LabelledImages
+from dtpvit.datamodules.real_images import real_images
 from dtpvit.datamodules.samples import SkippedSample, read_samples
 from dtpvit.datamodules.shards import shard_counts
 from dtpvit.datamodules.tars import MOST_BYTES, BrokenTar, index_members, read_members
 from dtpvit.errors import UserError
 from dtpvit.evaluation.vqa_questions import read_questions
+from dtpvit.interop.preprocessing import eval_transform
 
 
 def heaviest(act):
@@ -103,6 +105,14 @@ def test_devices_and_pipes_are_no_images(tmp_path, monkeypatch):
     os.truncate(tmp_path / "huge.jpg", MOST_BYTES + 1)
     with pytest.raises(SkippedSample, match="oversized image"):
         read_place(Place(str(tmp_path / "huge.jpg")))
+
+
+def test_a_folder_to_be_drawn_may_hold_a_pipe(tmp_path):
+    os.mkfifo(tmp_path / "0.jpg")
+    (tmp_path / "1.jpg").write_bytes(jpeg(0))
+    assert len(real_images(str(tmp_path), 2, eval_transform((8, 8)), least=1)[0]) == 1
+    with pytest.raises(UserError, match=r"there is no image .*gone.jpg"):
+        real_images(str(tmp_path / "gone.jpg"), 1, eval_transform((8, 8)))
 
 
 def test_names_of_files_need_not_be_text(tmp_path):

@@ -309,12 +309,20 @@ def test_broken_files_are_remarked_upon(project):
     (folder / "efficiency.csv").write_text("epoch,steps,step_seconds\n0,nan,inf\n")
     (folder / "versions.json").write_text('{"command": 1')
     (folder / "skipped.jsonl").write_text("[1]\nnonsense\n")
+    (Path("runs/dense") / "config.yaml").write_text("model: {init_args: [1]}")
+    max(Path("runs/dense/pictures").iterdir()).write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
     for path in (folder / "checkpoints/last.ckpt", max((folder / "pictures").iterdir())):
         path.write_bytes(path.read_bytes()[:200])
     page, _ = report("runs/pooled", "runs/dense")
     for name in ("config.yaml", "metrics.csv", "versions.json", "skipped.jsonl", "pictures/epoch001.png"):
         assert f"{name} cannot be read" in page
     assert "last.ckpt is damaged" in page
+
+
+def test_names_of_folders_need_not_be_text(project):
+    Path("runs/pooled").rename("runs/p\udcff")
+    assert main(["report", "runs/p\udcff", "--out", "r\udcff.html"]) == 0
+    assert "(r%FF_pictures/" in Path("r\udcff.md").read_text() and "p?" in Path("r\udcff.html").read_text()
 
 
 def test_a_run_killed_in_its_first_epoch(project):
