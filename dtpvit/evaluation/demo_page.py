@@ -55,9 +55,13 @@ def build_app(towers: Mapping[str, DemoTower]) -> FastAPI:
         answer.headers["Content-Security-Policy"] = _POLICY
         return answer
 
+    page = _page(towers)
+    # Gradio (6.31) asks whether a file was uploaded only where launch() has run: a mounted page would open, and show to
+    # whoever may reach it, any image of this machine that a request names.
+    page.has_launched = True
     return gr.mount_gradio_app(
         app,
-        _page(towers),
+        page,
         "/",
         footer_links=[],
         run_history=False,

@@ -53,7 +53,7 @@ def build_trunk(
         if issubclass(cls, VisionEncoder):
             arguments["reducers"] = reducer_makers(arguments.get("reducers"))
         return kind(cls)(**arguments)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"the vision config does not build: {error}") from error
 
 
@@ -91,7 +91,7 @@ def build_clip(config: Mapping[str, Any]) -> DualEncoder:
             init_logit_scale=math.log(1 / 0.07) if scale is None else scale,
             init_logit_bias=config.get("init_logit_bias"),
         )
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"the text config does not build: {error}") from error
 
 

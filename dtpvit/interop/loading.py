@@ -163,7 +163,7 @@ def _from_open_clip(name: str, checkpoint: str | Path | None) -> LoadedClip:
     try:
         model = open_clip.create_model(name, pretrained=pretrained)
         tokenizer = open_clip.get_tokenizer(name)
-    except (RuntimeError, FileNotFoundError, ValueError) as error:
+    except (RuntimeError, FileNotFoundError, ValueError, TypeError, LookupError) as error:
         raise UserError(f"open_clip cannot load {name} with {checkpoint}: {str(error).splitlines()[0]}") from error
     preprocess = open_clip.get_model_preprocess_cfg(model)
     size = preprocess["size"]
@@ -185,6 +185,8 @@ def _check_folder(folder: Path) -> None:
         described = parse_json(config.read_bytes()) if config.is_file() else {}
     except ValueError as error:
         raise UserError(f"{config} is damaged ({error}); export the checkpoint anew") from error
+    if not isinstance(described, dict):
+        raise UserError(f"{config} holds a {type(described).__name__}, no mapping; export the checkpoint anew")
     check_format(described.get(FORMAT_KEY), config)
     check_classes(described, config)
     for weights in folder.glob("*.safetensors"):

@@ -1,5 +1,6 @@
 """The page of ``dtpvit demo``: what is behind it on real files, and the served page through Gradio's own client."""
 
+import json
 import re
 import socket
 import subprocess
@@ -211,6 +212,19 @@ def test_the_page_needs_no_network(served):
     loaded = re.findall(r'<(?:script|img|iframe)[^>]*\ssrc="([^"]*)"|<link[^>]*\shref="([^"]*)"', html)
     assert loaded and not [both for both in loaded if "//" in "".join(both).replace(served, "")]
     assert '"analytics_enabled": false' in html.lower() or '"analytics_enabled":false' in html.lower()
+
+
+@pytest.mark.slow
+def test_files_of_the_server_are_not_shown(served, photo):
+    for path in (str(photo), "/dev/zero", "/etc/passwd"):
+        asked = {"data": [{"path": path, "meta": {"_type": "gradio.FileData"}}, "pairs, last", True, 4, "", ""]}
+        request = urllib.request.Request(f"{served}gradio_api/call/look", json.dumps(asked).encode())
+        request.add_header("Content-Type", "application/json")
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            event = json.load(answer)["event_id"]
+        with urllib.request.urlopen(f"{served}gradio_api/call/look/{event}", timeout=30) as answer:
+            said = answer.read().decode()
+        assert said.startswith("event: error") and "was not uploaded by a user" in said
 
 
 @pytest.mark.slow

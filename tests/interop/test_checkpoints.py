@@ -30,6 +30,18 @@ def checkpoint(tmp_path):
     return path
 
 
+@pytest.mark.parametrize("content", ["[]", "3", "{", '{"model_cfg": 3}', '{"model_cfg": {"embed_dim": 1}}', "{}"])
+def test_an_exported_folder_whose_config_is_none_is_refused(content, tmp_path):
+    (tmp_path / "open_clip_config.json").write_text(content)
+    with pytest.raises(UserError, match=r"export the checkpoint anew|open_clip cannot load"):
+        load_clip(model=f"local-dir:{tmp_path}")
+
+
+def test_a_width_below_zero_is_refused():
+    with pytest.raises(UserError, match=r"the vision config does not build: .*negative"):
+        build_clip(CONFIG | {"vision": VISION | {"dim": -4}})
+
+
 def test_export_is_what_open_clip_loads(checkpoint, tmp_path, capsys):
     export(str(checkpoint), str(tmp_path / "folder"))
     assert "local-dir:" in capsys.readouterr().out
