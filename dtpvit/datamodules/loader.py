@@ -25,7 +25,7 @@ _FIELDS = 3  # of the stream's control tensor before the counts of the workers
 class ResumableLoader(Resumable, Generic[Raw, Sample]):
     """Batches from tar shards, in a fixed number per epoch for training, or all samples once for evaluation.
 
-    A resume is exact if batch size, ranks, workers, shuffle buffer, seed and number of shards are the same.
+    A resume is exact if batch size, ranks, workers, shuffle buffer, seed and number of shards and samples are the same.
 
     Args:
         shards: Paths or addresses, as ``expand_shards`` gives them.
@@ -176,9 +176,10 @@ class ResumableLoader(Resumable, Generic[Raw, Sample]):
         super()._start_epoch(epoch)
         self._used = [0] * self._consumers
 
-    def _layout(self) -> dict[str, int]:
+    def _layout(self) -> dict[str, int | None]:
         stream = self._stream
         return {
+            "num_samples": self.num_samples,  # by which other data of as many shards are known
             "batch_size": self.batch_size,
             "world_size": stream.world_size,
             "num_workers": self._loader.num_workers,

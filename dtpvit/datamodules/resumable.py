@@ -64,7 +64,7 @@ class Resumable(ABC):
         self._salt = position + 1
 
     @abstractmethod
-    def _layout(self) -> dict[str, int]:
+    def _layout(self) -> dict[str, int | None]:
         """What must be the same for an exact continuation, in plain Python."""
 
     def _continues(self, state: dict[str, Any]) -> bool:

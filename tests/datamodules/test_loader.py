@@ -244,6 +244,13 @@ def test_another_layout_resumes_with_as_many_batches_and_a_warning(tmp_path):
         again.load_state_dict(state)
 
 
+def test_other_data_of_as_many_shards_are_told(tmp_path):
+    loader = make(write_shards(tmp_path / "a", [16, 16]))
+    next(iter(loader))
+    with pytest.warns(UserWarning, match="another num_samples than the checkpoint's"):
+        make(write_shards(tmp_path / "b", [16, 12])).load_state_dict(loader.state_dict())
+
+
 class Recorder(L.LightningModule):
     """Trains one number and writes down which samples every step saw."""
 
