@@ -7,19 +7,18 @@ from datetime import timedelta
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from dtpvit.encoder import VisionEncoder
 from dtpvit.errors import UserError
 from dtpvit.tasks.classification import Classification
 from dtpvit.tasks.contrastive import Contrastive
+from dtpvit.tasks.shards import cut_like, whole
 
 __all__ = ["FullySharded"]
 
@@ -60,7 +59,7 @@ class FullySharded(ModelParallelStrategy):
         """As Lightning's, which would have the task shard itself."""
         assert self.accelerator is not None and isinstance(self.model, LightningModule)
         self.accelerator.setup(trainer)
-        task = _checked(self.model, trainer)
+        task = _checked(self.model)
         self.precision_plugin.convert_module(task)
         _shard(task, self.device_mesh["data_parallel"])
         self.model_to_device()
@@ -98,12 +97,12 @@ class FullySharded(ModelParallelStrategy):
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         assert self.lightning_module is not None
-        return {name: _whole(value) for name, value in self.lightning_module.state_dict().items()}
+        return {name: whole(value) for name, value in self.lightning_module.state_dict().items()}
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         found: dict[str, Any] = Strategy.optimizer_state(self, optimizer)
         moments = {
-            number: {name: _whole(value) for name, value in state.items()} for number, state in found["state"].items()
+            number: {name: whole(value) for name, value in state.items()} for number, state in found["state"].items()
         }
         return {**found, "state": moments}
 
@@ -113,28 +112,24 @@ class FullySharded(ModelParallelStrategy):
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         assert self.lightning_module is not None
         mine = self.lightning_module.state_dict()
-        state = {name: _cut_like(mine.get(name), value) for name, value in checkpoint["state_dict"].items()}
+        state = {name: cut_like(mine.get(name), value) for name, value in checkpoint["state_dict"].items()}
         self.lightning_module.load_state_dict(state, strict=strict)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         for optimizer, found in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             moments = {
-                number: {name: _cut_like(parameters[number], value) for name, value in state.items()}
+                number: {name: cut_like(parameters[number], value) for name, value in state.items()}
                 for number, state in found["state"].items()
             }
             optimizer.load_state_dict({**found, "state": moments})
 
 
-def _checked(task: LightningModule, trainer: Trainer) -> Contrastive | Classification:
+def _checked(task: LightningModule) -> Contrastive | Classification:
     if not isinstance(task, Contrastive | Classification) or not isinstance(task.trunk, VisionEncoder):
         raise UserError(
             f"only Contrastive and Classification with a Vision Transformer can be sharded, and this is "
             f"{type(task).__name__}; leave configs/launch/fsdp.yaml out, or take configs/launch/ddp.yaml"
-        )
-    if any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks):  # pyright: ignore
-        raise UserError(
-            "no average of sharded weights is kept; leave WeightAverage out, or take configs/launch/ddp.yaml"
         )
     return task
 
@@ -180,15 +175,3 @@ def _step_apart(optimizer: Optimizer) -> None:
 
     optimizer.register_step_pre_hook(before)
     optimizer.register_step_post_hook(after)
-
-
-def _whole(value: Any) -> Any:
-    """A tensor's values on all ranks together, on the host; all ranks call this."""
-    return value.full_tensor().cpu() if isinstance(value, DTensor) else value
-
-
-def _cut_like(mine: Any, value: Any) -> Any:
-    """This rank's share of a whole tensor, where that which it is for is sharded and has its shape."""
-    if isinstance(mine, DTensor) and isinstance(value, Tensor) and value.shape == mine.shape:
-        return distribute_tensor(value.to(mine.device), mine.device_mesh, mine.placements, src_data_rank=None)
-    return value
