@@ -20,6 +20,14 @@ def cut():
     return options(FullySharded())
 
 
+def whole_state(module):
+    """Both ranks call this; of a checkpoint the first alone has it all."""
+    return {
+        name: value.full_tensor() if isinstance(value, DTensor) else value
+        for name, value in module.state_dict().items()
+    }
+
+
 def sharded(folder):
     """What FSDP2 makes of the same trainings; one process stands for what is to come out."""
     reducer = {"class_path": "DynamicPooling", "init_args": {"compression": 4, "estimator": "symmetric"}}
@@ -35,7 +43,7 @@ def sharded(folder):
         module = pairs.task(**more)
         trainer = L.Trainer(**quiet(), **cut(), max_steps=3, **of_trainer)
         trainer.fit(module, pairs.Pairs(3))
-        save(folder, f"sharded_{name}", trainer.strategy.lightning_module_state_dict())
+        save(folder, f"sharded_{name}", whole_state(trainer.lightning_module))
         if name == "clipped":
             trainer.save_checkpoint(folder / f"sharded-{world()}.ckpt")
 
@@ -45,7 +53,7 @@ def sharded_again(folder):
     module = pairs.task()
     trainer = L.Trainer(**quiet(), **cut(), max_steps=5, gradient_clip_val=0.05)
     trainer.fit(module, pairs.Pairs(5), ckpt_path=folder / "sharded-2.ckpt", weights_only=True)
-    save(folder, "sharded_again", trainer.strategy.lightning_module_state_dict())
+    save(folder, "sharded_again", whole_state(trainer.lightning_module))
 
 
 def sharded_classifier(folder):
@@ -54,7 +62,7 @@ def sharded_classifier(folder):
         trainer = labelled.trainer(**cut())
         trainer.fit(module, datamodule=labelled.Images())
         figures = {n: float(v) for n, v in trainer.callback_metrics.items() if n.startswith("val/")}
-        save(folder, f"sharded_{mode}", [trainer.strategy.lightning_module_state_dict(), figures])
+        save(folder, f"sharded_{mode}", [whole_state(trainer.lightning_module), figures])
 
 
 def sharded_guard(folder):
@@ -67,8 +75,8 @@ def sharded_guard(folder):
     half = pairs.task()
     precise = L.Trainer(**quiet(), **cut(), max_steps=1, precision="bf16-true")
     precise.fit(half, pairs.Pairs(1))
-    types = {name: str(value.dtype) for name, value in precise.strategy.lightning_module_state_dict().items()}
-    save(folder, "sharded_guard", [module.guard.skipped, trainer.strategy.lightning_module_state_dict(), types])
+    types = {name: str(value.dtype) for name, value in whole_state(precise.lightning_module).items()}
+    save(folder, "sharded_guard", [module.guard.skipped, whole_state(trainer.lightning_module), types])
 
 
 class Saved(L.Callback):
@@ -95,7 +103,7 @@ def averaged(name, folder, *callbacks, **more):
     )
     trainer.fit(module, datamodule=labelled.Images(), **more, weights_only=True)
     figures = {n: float(v) for n, v in trainer.callback_metrics.items() if n.startswith("val/")}
-    save(folder, name, [trainer.strategy.lightning_module_state_dict(), figures, places])
+    save(folder, name, [whole_state(trainer.lightning_module), figures, places])
 
 
 def sharded_average(folder):

@@ -123,6 +123,8 @@ def clip_shards(parameters: Iterable[nn.Parameter], limit: float, algorithm: str
     """
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
     parts = [local(grad) for grad in grads]
+    if not parts:  # the guard has dropped them, on all ranks
+        return
     if algorithm == "value":
         for part in parts:
             part.clamp_(-limit, limit)

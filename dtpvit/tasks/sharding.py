@@ -9,6 +9,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from lightning.pytorch.trainer.states import TrainerFn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
@@ -16,8 +17,11 @@ from torch.optim import Optimizer
 
 from dtpvit.encoder import VisionEncoder
 from dtpvit.errors import UserError
+from dtpvit.interop.language_model import large_parts
 from dtpvit.tasks.classification import Classification
 from dtpvit.tasks.contrastive import Contrastive
+from dtpvit.tasks.image_task import ImageTask
+from dtpvit.tasks.instruction import Instruction
 from dtpvit.tasks.shards import cut_like, whole
 
 __all__ = ["FullySharded"]
@@ -125,30 +129,43 @@ class FullySharded(ModelParallelStrategy):
             optimizer.load_state_dict({**found, "state": moments})
 
 
-def _checked(task: LightningModule) -> Contrastive | Classification:
+def _checked(task: LightningModule) -> ImageTask:
+    if isinstance(task, Instruction):
+        return task
     if not isinstance(task, Contrastive | Classification) or not isinstance(task.trunk, VisionEncoder):
         raise UserError(
-            f"only Contrastive and Classification with a Vision Transformer can be sharded, and this is "
-            f"{type(task).__name__}; leave configs/launch/fsdp.yaml out, or take configs/launch/ddp.yaml"
+            f"only Instruction, and Contrastive and Classification with a Vision Transformer, can be sharded, and this "
+            f"is {type(task).__name__}; leave configs/launch/fsdp.yaml out, or take configs/launch/ddp.yaml"
         )
     return task
 
 
-def _shard(task: Contrastive | Classification, mesh: DeviceMesh) -> None:
-    reducing = {id(module) for module in task.trunk.reducers.modules()}
-    parts = [
-        module
-        for name, module in task.named_modules()
-        if name.rsplit(".", 1)[-1] in _PARTS and id(module) not in reducing
-    ]
-    for part in parts:
-        fully_shard(part, mesh=mesh)
-        if hasattr(part, "towards"):
-            register_fsdp_forward_method(part, "towards")
-    inside = {parameter for part in parts for parameter in part.parameters()}
+def _shard(task: ImageTask, mesh: DeviceMesh) -> None:
+    groups = _parts_of_towers(task)
+    if isinstance(task, Instruction):
+        groups += large_parts(task.model.language_model)
+    for group in groups:
+        fully_shard(group, mesh=mesh)
+        for part in group:
+            if hasattr(part, "towards"):
+                register_fsdp_forward_method(part, "towards")
+    inside = {parameter for group in groups for part in group for parameter in part.parameters()}
     fully_shard(task, mesh=mesh, ignored_params=set(task.parameters()) - inside)
     for name in _WHO_COMES_FIRST:  # else a part would, and take itself for the root
         register_fsdp_forward_method(task, name)
+
+
+def _parts_of_towers(task: ImageTask) -> list[list[nn.Module]]:
+    """What is cut of both towers, or of the image encoder alone where a language model has layers of its own."""
+    towers = task.trunk if isinstance(task, Instruction) else task
+    if not isinstance(task.trunk, VisionEncoder):
+        return []
+    reducing = {id(module) for module in task.trunk.reducers.modules()}
+    return [
+        [module]
+        for name, module in towers.named_modules()
+        if name.rsplit(".", 1)[-1] in _PARTS and id(module) not in reducing
+    ]
 
 
 def _step_apart(optimizer: Optimizer) -> None:

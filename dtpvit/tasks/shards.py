@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -17,8 +17,14 @@ def local(value: Tensor) -> Tensor:
 
 
 def whole(value: Any) -> Any:
-    """A tensor's values on all ranks together, on the host, where it is cut; all ranks call this."""
-    return value.full_tensor().cpu() if isinstance(value, DTensor) else value
+    """A tensor's values on all ranks together, on the first rank's host; the others, which help, keep their share.
+
+    The first rank alone writes checkpoints; anything that is not cut stays as it is.
+    """
+    if not isinstance(value, DTensor):
+        return value
+    gathered = value.full_tensor()
+    return gathered.cpu() if distributed.get_rank() == 0 else value
 
 
 def cut_like(mine: Any, value: Any) -> Any:
