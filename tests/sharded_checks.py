@@ -11,6 +11,7 @@ import labelled
 from rank_checks import SIGMOID, options, pairs, quiet, rank, save, world
 
 from dtpvit._run_folder import StepSeed
+from dtpvit.tasks.segment_monitor import SegmentMonitor
 from dtpvit.tasks.sharding import FullySharded
 from dtpvit.tasks.weight_average import WeightAverage
 
@@ -94,7 +95,8 @@ def averaged(name, folder, *callbacks, **more):
     """Two epochs of three steps with an average of the weights, which is validated."""
     callback = WeightAverage(0.7, start_step=1)
     module = labelled.task(optimizer="sgd")
-    trainer = labelled.trainer(**cut(), max_epochs=2, callbacks=[StepSeed(0), callback, *callbacks])
+    callbacks = [StepSeed(0), callback, SegmentMonitor(images=2), *callbacks]
+    trainer = labelled.trainer(**cut(), max_epochs=2, default_root_dir=folder, callbacks=callbacks)
     places = []
     callback.on_train_end = lambda *unused: places.extend(
         (average.shape, parameter.to_local().shape if isinstance(parameter, DTensor) else parameter.shape)

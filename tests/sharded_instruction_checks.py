@@ -16,6 +16,7 @@ from sharded_checks import Saved, cut, whole_state
 
 from dtpvit._run_folder import StepSeed
 from dtpvit.interop.tiny_language_model import make_tiny_language_model
+from dtpvit.tasks.segment_monitor import SegmentMonitor
 from dtpvit.tasks.weight_average import WeightAverage
 
 DENSE = {**conversing.ENCODER, "reducers": {}}
@@ -30,7 +31,7 @@ CASES = {  # options of the task, of the trainer, and whether each rank has an i
     "adapters": (ADAPTERS | {"tune_vision": "partial", "tune_vision_from": 1}, {}, False),
     "recomputed": (FULL | {"grad_checkpointing": True, "select_layer": -2}, {}, False),
     "recomputed_frozen": ({"grad_checkpointing": True}, {}, False),
-    "gathered": (FULL, {"accumulate_grad_batches": 2}, False),
+    "gathered": (FULL, {"accumulate_grad_batches": 2, "val_check_interval": 1}, False),
     "untied": (FULL, {}, False),
     "half_frozen": ({"language_dtype": "bfloat16"}, {}, False),
     "half_adapters": (ADAPTERS | {"language_dtype": "bfloat16"}, {"gradient_clip_val": 0.5}, False),
@@ -78,10 +79,16 @@ def words(folder, tied):
 
 
 def trained(name, folder, options, of_trainer, *callbacks, with_images=False, **more):
-    """One epoch; writes weights, figures and what is cut."""
+    """One epoch, validated halfway and at its end; writes weights, figures and what is cut."""
     source = words(folder, tied=name != "untied")
     module = conversing.task(source, **{"encoder": DENSE, "optimizer": "sgd", "learning_rate": 0.1, **options})
-    trainer = L.Trainer(**quiet(), **cut(), max_epochs=1, callbacks=[StepSeed(0), *callbacks], **of_trainer)
+    callbacks = [
+        StepSeed(0),
+        SegmentMonitor(images=2),
+        *callbacks,
+    ]  # the monitor runs the encoder on the first rank alone
+    options = quiet() | {"val_check_interval": 2, "default_root_dir": folder} | of_trainer
+    trainer = L.Trainer(**options, **cut(), max_epochs=1, callbacks=callbacks)
     trainer.fit(module, Talks(with_images), **more, weights_only=True)
     figures = {n: float(v) for n, v in trainer.callback_metrics.items() if n.startswith("val/")}
     apart = [n for n, p in module.named_parameters() if isinstance(p, DTensor)]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from lightning.pytorch.trainer.states import TrainerFn
@@ -31,18 +32,21 @@ _WHO_COMES_FIRST = ("on_fit_start", "on_validation_start", "on_test_start", "on_
 
 
 class FullySharded(ModelParallelStrategy):
-    """Each rank keeps its share of attention, MLPs and token embedding of both towers, and gathers a layer to run it.
+    """Each rank keeps its share of what is large, and gathers a part to run it.
 
-    The rest stays whole on every rank: reducers, whose boundary head must keep its precision, positions, norms, head,
-    and scalars such as the logit scale, which cannot be cut. Its gradients are averaged before the optimizer's step.
-    Checkpoints are single files with whole tensors, those of any other strategy, and continue under any other.
+    Of both towers, or the image encoder, that is attention, MLPs and token embedding; of a language model the decoder
+    layers, embedding and head. The rest stays whole on every rank: reducers, whose boundary head must keep its
+    precision, a projector, positions, norms, head, and scalars such as the logit scale, which cannot be cut. Its
+    gradients are averaged before the optimizer's step. An average of the weights
+    (:class:`dtpvit.tasks.weight_average.WeightAverage`) is cut as they are. Checkpoints are single files with whole
+    tensors, those of any other strategy, and continue under any other.
 
     Args:
         process_group_backend: As of Lightning's strategies; None takes that of the device.
         timeout: Of collectives.
 
     Raises:
-        UserError: When the run starts, if the task or a callback does not work with it.
+        UserError: When the run starts, if the task or this torch does not work with it.
     """
 
     def __init__(
@@ -76,24 +80,26 @@ class FullySharded(ModelParallelStrategy):
 
     def on_validation_start(self) -> None:
         """Gather the whole model: ranks have unequally many batches, and cannot wait for each other in each."""
-        self._hold_whole(True)
+        for module in self._cut_modules():
+            module.set_reshard_after_forward(False, recurse=False)
+            module.unshard()
 
     def on_validation_end(self) -> None:
-        """Cut it again."""
-        self._hold_whole(False)
+        """Cut it again, and forget which parts ran: the next backward pass would gather in that order, each its own."""
+        for module in self._cut_modules():
+            module.set_reshard_after_forward(True, recurse=False)
+        root = self.model
+        assert isinstance(root, FSDPModule)
+        root.reset_iter_state()
 
     on_test_start = on_predict_start = on_validation_start
     on_test_end = on_predict_end = on_validation_end
 
-    def _hold_whole(self, whole: bool) -> None:
+    def _cut_modules(self) -> Iterator[FSDPModule]:
         assert self.model is not None
         for module in self.model.modules():
             if isinstance(module, FSDPModule) and module is not self.model:
-                module.set_reshard_after_forward(not whole, recurse=False)
-                if whole:
-                    module.unshard()
-                else:
-                    module.reshard()
+                yield module
 
     @property
     def lightning_restore_optimizer(self) -> bool:
@@ -130,6 +136,11 @@ class FullySharded(ModelParallelStrategy):
 
 
 def _checked(task: LightningModule) -> ImageTask:
+    if not hasattr(FSDPModule, "reset_iter_state"):
+        raise UserError(
+            f"sharding needs a newer torch than {torch.__version__}, such as 2.14; install one, or take "
+            "configs/launch/ddp.yaml"
+        )
     if isinstance(task, Instruction):
         return task
     if not isinstance(task, Contrastive | Classification) or not isinstance(task.trunk, VisionEncoder):

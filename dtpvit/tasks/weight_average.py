@@ -69,9 +69,9 @@ class WeightAverage(Callback):
         """Put the average into the model, before a strategy gathers it."""
         self._aside = _exchanged(pl_module, self._average or {})
 
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put the weights back, before a checkpoint is written."""
-        if self._average:
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put the weights back: the others' share of the average, which a strategy has gathered, is let go."""
+        if self._aside:
             cut_again(pl_module)
             _exchanged(pl_module, self._aside)
             self._aside = {}
@@ -82,7 +82,7 @@ class WeightAverage(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget the average."""
-        self._average = None
+        self._average, self._aside = None, {}
 
     def state_dict(self) -> dict[str, Any]:
         return {"latest_update_step": self._latest_update_step}
@@ -91,12 +91,13 @@ class WeightAverage(Callback):
         self._latest_update_step = state_dict["latest_update_step"]
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Put the average under ``state_dict`` and the weights to go on from beside it."""
+        """Put the average under ``state_dict`` and the weights to go on from beside it, in a validation too."""
         if self._average is None:
             return
-        checkpoint["current_model_state"] = checkpoint["state_dict"]
-        average = {key: whole(joined(now, self._average[name])) for key, name, now in self._entries(pl_module)}
-        checkpoint["state_dict"] = {**checkpoint["state_dict"], **average}
+        state, entries = checkpoint["state_dict"], list(self._entries(pl_module))
+        for place, values in (("current_model_state", self._aside), ("state_dict", self._average)):
+            own = {key: whole(joined(now, values[name])) for key, name, now in entries if name in values}
+            checkpoint[place] = state | own
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Continue both; without an average in the checkpoint begin from its weights."""
