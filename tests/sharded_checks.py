@@ -4,6 +4,8 @@ import sys
 from pathlib import Path
 
 import lightning as L
+import pytest
+from lightning.pytorch.demos.boring_classes import BoringModel
 from torch.distributed.tensor import DTensor
 
 sys.path.insert(0, str(Path(__file__).parent / "tasks"))
@@ -11,6 +13,7 @@ import labelled
 from rank_checks import SIGMOID, options, pairs, quiet, rank, save, world
 
 from dtpvit._run_folder import StepSeed
+from dtpvit.errors import UserError
 from dtpvit.tasks.segment_monitor import SegmentMonitor
 from dtpvit.tasks.sharding import FullySharded
 from dtpvit.tasks.weight_average import WeightAverage
@@ -80,6 +83,15 @@ def sharded_guard(folder):
     save(folder, "sharded_guard", [module.guard.skipped, whole_state(trainer.lightning_module), types])
 
 
+def refused(folder):
+    said = ""
+    if world() > 1:
+        with pytest.raises(UserError) as error:
+            L.Trainer(**quiet(), **cut(), max_steps=1).fit(BoringModel())
+        said = str(error.value)
+    save(folder, "refused", said)
+
+
 class Saved(L.Callback):
     """Saves after some steps, in the middle of an epoch."""
 
@@ -118,5 +130,5 @@ def sharded_average_again(folder):
         averaged(f"average_from_{source}", folder, ckpt_path=folder / f"average-{source}.ckpt")
 
 
-CHECKS = [sharded, sharded_again, sharded_classifier, sharded_guard, sharded_average]
+CHECKS = [sharded, sharded_again, sharded_classifier, sharded_guard, refused, sharded_average]
 AFTERWARDS = [sharded_average_again]

@@ -58,6 +58,11 @@ def test_the_checkpoint_of_a_sharded_run_is_that_of_any_other(sharded):
     torch.testing.assert_close(again.state_dict(), two["state_dict"], rtol=0, atol=0, equal_nan=True)
 
 
+def test_another_task_is_refused(sharded):
+    _, two = found(sharded, "refused")
+    assert all("can be sharded, and this is BoringModel; leave configs/launch/fsdp.yaml out" in said for said in two)
+
+
 def test_an_average_of_sharded_weights_is_that_of_one_process_and_itself_sharded(sharded):
     (one, figures, _), two = found(sharded, "average")
     for state, validated, places in two:
