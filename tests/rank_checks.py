@@ -2,6 +2,7 @@
 
 import os
 import sys
+import warnings
 from datetime import timedelta
 from pathlib import Path
 
@@ -14,7 +15,6 @@ from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).parent / "tasks"))
 sys.path.insert(0, str(Path(__file__).parent / "datamodules"))
-import labelled
 import pairs
 from shard_files import jpeg, write_tar
 
@@ -24,7 +24,6 @@ from dtpvit.errors import UserError
 from dtpvit.tasks.classification import Classification
 from dtpvit.tasks.loss_watch import LossWatch
 from dtpvit.tasks.optimization import NonFiniteGuard
-from dtpvit.tasks.sharding import FullySharded
 from dtpvit.tasks.weight_average import WeightAverage
 
 FRAGMENTS = sorted((Path(__file__).parents[1] / "configs" / "reducers").glob("*.yaml"))
@@ -62,7 +61,7 @@ def losses(folder):
         record = pairs.Record(folder)
         batches = {"accumulate_grad_batches": 2, "limit_train_batches": 2} if name == "two_batches" else {}
         model = pairs.task(**more)
-        trainer = L.Trainer(**_quiet(), **options(), max_steps=1, callbacks=[record], **batches)
+        trainer = L.Trainer(**quiet(), **options(), max_steps=1, callbacks=[record], **batches)
         trainer.fit(model, pairs.Pairs(2 if batches else 1))
         save(folder, name, torch.load(folder / f"rank{rank()}-step0.pt", weights_only=True))
 
@@ -128,7 +127,7 @@ class Judged(L.LightningDataModule):
 
 def validation(folder):
     """Retrieval and zero-shot; every sample counts once, though one rank has four times the batches."""
-    trainer = L.Trainer(**_quiet(), **options())
+    trainer = L.Trainer(**quiet(), **options())
     (first, *_) = trainer.validate(pairs.task(), Judged(), verbose=False)
     save(folder, "validation", {name: float(value) for name, value in trainer.callback_metrics.items()})
     assert first
@@ -137,7 +136,7 @@ def validation(folder):
 def average(folder):
     callback = WeightAverage(decay=0.5)
     module = pairs.task()
-    trainer = L.Trainer(**_quiet(), **options(), max_steps=3, callbacks=[callback])
+    trainer = L.Trainer(**quiet(), **options(), max_steps=3, callbacks=[callback])
     trainer.fit(module, pairs.Pairs(3))
     save(folder, "average", module.state_dict())
 
@@ -153,7 +152,7 @@ def broken(folder):
             del samples["15"]["txt"]
         write_tar(shards / f"{number:05d}.tar", samples)
     data = ImageTextShards(train=str(shards), batch_size=2, num_workers=0, shuffle_buffer=4)
-    trainer = L.Trainer(**_quiet(), **options(), max_epochs=1)
+    trainer = L.Trainer(**quiet(), **options(), max_epochs=1)
     module = pairs.task()
     trainer.fit(module, data)
     figures = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("data/")}
@@ -167,75 +166,17 @@ def watched(folder):
         def _judgement(self, task, horizon):
             return "too high" if rank() == world() - 1 else ""
 
-    trainer = L.Trainer(**_quiet(), **options(), max_steps=30, callbacks=[Watch(stop=True)])
+    trainer = L.Trainer(**quiet(), **options(), max_steps=30, callbacks=[Watch(stop=True)])
     with pytest.raises(UserError) as ended:
         trainer.fit(pairs.task(), pairs.Pairs(30))
     save(folder, "watched", [trainer.global_step, str(ended.value)])
 
 
-def sharded(folder):
-    """What FSDP2 makes of the same trainings; one process stands for what is to come out."""
-    strategy = FullySharded if world() > 1 else lambda: "auto"
-    reducer = {"class_path": "DynamicPooling", "init_args": {"compression": 4, "estimator": "symmetric"}}
-    cases = {
-        "clipped": ({}, {"gradient_clip_val": 0.05}),
-        "by_value": ({}, {"gradient_clip_val": 1e-3, "gradient_clip_algorithm": "value"}),
-        "pieces": ({"accum_freq": 2}, {}),
-        "symmetric": ({"model": pairs.config({1: reducer})}, {}),
-        "sigmoid": ({"model": pairs.config(**SIGMOID)}, {}),
-        "checkpointed": ({"grad_checkpointing": True}, {}),
-    }
-    for name, (more, of_trainer) in cases.items():
-        module = pairs.task(**more)
-        trainer = L.Trainer(**_quiet(), **options(strategy()), max_steps=3, **of_trainer)
-        trainer.fit(module, pairs.Pairs(3))
-        save(folder, f"sharded_{name}", trainer.strategy.lightning_module_state_dict())
-        if name == "clipped":
-            trainer.save_checkpoint(folder / f"sharded-{world()}.ckpt")
-
-
-def sharded_again(folder):
-    """Two more steps, from the checkpoint that the two ranks wrote."""
-    module = pairs.task()
-    strategy = FullySharded() if world() > 1 else "auto"
-    trainer = L.Trainer(**_quiet(), **options(strategy), max_steps=5, gradient_clip_val=0.05)
-    trainer.fit(module, pairs.Pairs(5), ckpt_path=folder / "sharded-2.ckpt", weights_only=True)
-    save(folder, "sharded_again", trainer.strategy.lightning_module_state_dict())
-
-
-def sharded_classifier(folder):
-    for mode in ("finetune", "frozen"):
-        module = labelled.task(mode=mode, optimizer="sgd", layer_decay=0.7)
-        trainer = labelled.trainer(**options(FullySharded() if world() > 1 else "auto"))
-        trainer.fit(module, datamodule=labelled.Images())
-        figures = {n: float(v) for n, v in trainer.callback_metrics.items() if n.startswith("val/")}
-        save(folder, f"sharded_{mode}", [trainer.strategy.lightning_module_state_dict(), figures])
-
-
-def sharded_guard(folder):
-    """A loss that is no number on one rank: nothing moves; and bfloat16 leaves the boundary predictor alone."""
-    module = pairs.task(optimizer="adamw")
-    real = module._contrastive_loss
-    module._contrastive_loss = lambda *both: real(*both) * (float("nan") if rank() == world() - 1 else 1.0)
-    trainer = L.Trainer(**_quiet(), **options(FullySharded() if world() > 1 else "auto"), max_steps=2)
-    trainer.fit(module, pairs.Pairs(2))
-    half = pairs.task()
-    precise = L.Trainer(
-        **_quiet(), **options(FullySharded() if world() > 1 else "auto"), max_steps=1, precision="bf16-true"
-    )
-    precise.fit(half, pairs.Pairs(1))
-    types = {name: str(value.dtype) for name, value in precise.strategy.lightning_module_state_dict().items()}
-    save(folder, "sharded_guard", [module.guard.skipped, trainer.strategy.lightning_module_state_dict(), types])
-
-
 CHECKS = [losses, reducers, guard, collectives, validation, average, broken, watched]
-SHARDED = [sharded, sharded_again, sharded_classifier, sharded_guard]
 
 
 def run(rank, checks, folder):
     """To be called in each of two new processes."""
-    import warnings
-
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     place = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
@@ -249,6 +190,28 @@ def run(rank, checks, folder):
     distributed.destroy_process_group()
 
 
-def _quiet():
+def ran(checks, folder):
+    (folder / "store").unlink(missing_ok=True)  # the addresses of processes that have ended
+    torch.multiprocessing.spawn(run, args=(checks, folder), nprocs=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Lightning's, of loaders as small as these
+        for check in checks:
+            check(folder)
+    return folder
+
+
+def found(folder, name):
+    """Of one process, and of both ranks."""
+    places = [(1, 0), (2, 0), (2, 1)]
+    one, *two = (torch.load(folder / f"{name}-{world}-{rank}.pt", weights_only=True) for world, rank in places)
+    return one, two
+
+
+def close(mine, expected, tolerance=1e-5):
+    atol = tolerance * max(float(value.abs().nan_to_num().max()) for value in expected.values())
+    torch.testing.assert_close(mine, expected, rtol=10 * tolerance, atol=atol, equal_nan=True)
+
+
+def quiet():
     found = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
     return found | {"enable_model_summary": False, "num_sanity_val_steps": 0}

@@ -1,7 +1,6 @@
 """Two processes together do what one does alone, in everything that crosses from rank to rank."""
 
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
@@ -9,34 +8,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 import rank_checks
-from rank_checks import pairs
-
-
-def ran(checks, folder):
-    torch.multiprocessing.spawn(rank_checks.run, args=(checks, folder), nprocs=2)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Lightning's, of loaders as small as these
-        for check in checks:
-            check(folder)
-    return folder
+from rank_checks import close, found, ran
 
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory):
     """Everything at once: processes take longer to start than to check."""
     return ran(rank_checks.CHECKS, tmp_path_factory.mktemp("ranks"))
-
-
-def found(folder, name):
-    """Of one process, and of both ranks."""
-    places = [(1, 0), (2, 0), (2, 1)]
-    one, *two = (torch.load(folder / f"{name}-{world}-{rank}.pt", weights_only=True) for world, rank in places)
-    return one, two
-
-
-def close(mine, expected, tolerance=1e-5):
-    atol = tolerance * max(float(value.abs().nan_to_num().max()) for value in expected.values())
-    torch.testing.assert_close(mine, expected, rtol=10 * tolerance, atol=atol, equal_nan=True)
 
 
 @pytest.mark.parametrize("name", ["softmax", "gathered", "sigmoid", "sigmoid_pieces", "two_batches"])
@@ -98,53 +76,3 @@ def test_a_learning_rate_that_is_too_high_for_one_rank_ends_the_training_of_all(
     one, two = found(together, "watched")
     assert one == two[1] == [20, "too high"]
     assert two[0] == [20, "another rank's loss says that the learning rate is too high"]
-
-
-# FSDP2
-
-
-@pytest.fixture(scope="module")
-def sharded(tmp_path_factory):
-    return ran(rank_checks.SHARDED, tmp_path_factory.mktemp("sharded"))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["clipped", "by_value", "pieces", "symmetric", "sigmoid", "checkpointed", "again"])
-def test_sharded_training_ends_where_one_process_does(name, sharded):
-    one, (first, second) = found(sharded, f"sharded_{name}")
-    torch.testing.assert_close(first, second, rtol=0, atol=0, equal_nan=True)
-    assert list(first) == list(one)
-    close(first, one, 1e-4)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("mode", ["finetune", "frozen"])
-def test_a_sharded_classifier_ends_where_one_process_does(mode, sharded):
-    (one, figures), two = found(sharded, f"sharded_{mode}")
-    assert two[0][1] == two[1][1] == pytest.approx(figures, rel=1e-4)
-    close(two[0][0], one, 1e-4)
-
-
-@pytest.mark.slow
-def test_sharded_steps_are_left_out_together_and_boundaries_stay_precise(sharded):
-    (skipped, _, types), two = found(sharded, "sharded_guard")
-    start = pairs.task().state_dict()
-    for rank in two:
-        assert rank[0] == skipped == 2 and rank[2] == types
-        for name, value in rank[1].items():
-            assert "calibration" in name or torch.equal(value, start[name]), name
-    assert {types[name] for name in types if "boundary" in name} == {"torch.float32"}
-    assert types["visual.trunk.blocks.0.attn.qkv.weight"] == "torch.bfloat16"
-
-
-@pytest.mark.slow
-def test_the_checkpoint_of_a_sharded_run_is_that_of_any_other(sharded):
-    one, two = (torch.load(sharded / f"sharded-{world}.ckpt", weights_only=True) for world in (1, 2))
-    assert set(one) == set(two)
-    for ours, theirs in zip(two["optimizer_states"], one["optimizer_states"], strict=True):
-        assert ours["param_groups"] == theirs["param_groups"]
-        for number, state in theirs["state"].items():
-            close(ours["state"][number], state, 1e-3)
-    assert one["lr_schedulers"] == two["lr_schedulers"]
-    again = pairs.Contrastive.load_from_checkpoint(sharded / "sharded-2.ckpt", weights_only=True)
-    torch.testing.assert_close(again.state_dict(), two["state_dict"], rtol=0, atol=0, equal_nan=True)

@@ -11,7 +11,15 @@ from torch import Tensor, nn
 
 from dtpvit.errors import UserError
 
-__all__ = ["LORA", "added_adapters", "answer_logits", "checkpoint_activations", "load_language_model", "merged"]
+__all__ = [
+    "LORA",
+    "added_adapters",
+    "answer_logits",
+    "checkpoint_activations",
+    "large_parts",
+    "load_language_model",
+    "merged",
+]
 
 LORA = {"r": 128, "lora_alpha": 256, "lora_dropout": 0.05}  # of LLaVA-1.5's finetune_lora.sh
 
@@ -95,6 +103,28 @@ def merged(model: nn.Module) -> nn.Module:
     return cast("Any", model).merge_and_unload() if hasattr(model, "merge_and_unload") else model
 
 
+def large_parts(model: nn.Module) -> list[list[nn.Module]]:
+    """Nearly all weights: the decoder layers, inner ones first, then the embedding and the head, together if tied.
+
+    Layers are what transformers keeps on one device; the longest list of modules in models that name none.
+
+    Args:
+        model: A causal language model, with adapters or without.
+
+    Returns:
+        Groups of modules that share no parameter.
+    """
+    inner = _without_adapters(model)
+    named = {name for name in inner._no_split_modules or ()}
+    layers = [module for module in inner.modules() if type(module).__name__ in named]
+    if not layers:
+        lists = [list(module) for module in inner.modules() if isinstance(module, nn.ModuleList)]
+        layers = max(lists, key=len, default=[])
+    embedding, head = inner.get_input_embeddings(), inner.get_output_embeddings()
+    tied = not set(embedding.parameters()).isdisjoint(head.parameters())
+    return [*([layer] for layer in reversed(layers)), *([[embedding, head]] if tied else [[embedding], [head]])]
+
+
 def answer_logits(
     model: nn.Module, embeds: Tensor, mask: Tensor, chosen: Tensor, positions: Tensor | None = None
 ) -> Tensor:
@@ -110,8 +140,13 @@ def answer_logits(
     Returns:
         float32, shape (n, vocabulary), n positions in order.
     """
-    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore
+    inner = _without_adapters(model)
     given = {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": positions, "use_cache": False}
     if inner.config.model_type in _PLAIN_HEADS:
         return inner.lm_head(inner.model(**given).last_hidden_state[chosen]).float()
     return inner(**given).logits[chosen].float()
+
+
+def _without_adapters(model: nn.Module) -> Any:
+    """The model that adapters were added to; itself without any."""
+    return cast("Any", model).get_base_model() if hasattr(model, "get_base_model") else model

@@ -125,7 +125,9 @@ class VisualLanguageModel(nn.Module):
             )
         return self.projector(tokens, self.vision.grid_size), tokens.lengths - tokens.num_prefix, encoding
 
-    def read(self, batch: Mapping[str, Tensor], images: Tensor, *, max_length: int) -> Read:
+    def read(
+        self, batch: Mapping[str, Tensor], images: Tensor, *, max_length: int, unseen: Tensor | None = None
+    ) -> Read:
         """Read conversations and predict what was answered in them.
 
         Args:
@@ -134,6 +136,7 @@ class VisualLanguageModel(nn.Module):
                 each other.
             images: Normalised, shape (M, 3, H, W).
             max_length: Most tokens of a sample, its images' included; what is longer loses text from its end.
+            unseen: Added to every word: a zero that carries the gradient to parts which this batch does not use.
         """
         embedding: Any = self.embedding
         visual, counts, encoding = images.new_zeros(0), images.new_zeros(0, dtype=torch.int64), None
@@ -142,6 +145,7 @@ class VisualLanguageModel(nn.Module):
         text = splice(batch["ids"], batch["length"], batch["supervised"], counts, max_length=max_length)
         embeds = embedding(text.ids)
         embeds = text.embedded(embeds, visual) if len(images) else embeds
+        embeds = embeds if unseen is None else embeds + unseen
         answers = text.labels[:, 1:] != IGNORED
         begins = answers & ~nn.functional.pad(answers, (1, 0))[:, :-1]
         turn = begins.flatten().cumsum(0)[answers.flatten()] - 1

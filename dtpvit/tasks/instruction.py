@@ -189,14 +189,12 @@ class Instruction(ImageTask):
         super().on_train_start()
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
-        read = self._read(batch)
+        read = self._read(batch, self._unseen(batch["image"]))
         count = torch.tensor(float(len(read.targets)), device=self.device)
         # Every token of every rank weighs the same, as if one process had seen them all.
         mean_count = self.trainer.strategy.reduce(count, reduce_op="mean").clamp(min=1.0)
         loss = cross_entropy(read.logits, read.targets, reduction="sum") / mean_count
-        if read.encoding is None:
-            loss = loss + self._unseen(batch["image"], needed=not loss.requires_grad)
-        else:
+        if read.encoding is not None:
             loss = torch.stack([loss, *read.encoding.losses.values()]).sum()
             self.log_reduction(read.encoding)
         size = len(batch["ids"])
@@ -204,17 +202,19 @@ class Instruction(ImageTask):
         self.log("train/cut_tokens", read.cut.sum().float(), reduce_fx="sum", on_step=False, on_epoch=True)
         return {"loss": loss} | ({} if read.encoding is None else {"token_count": TokenCount.of(read.encoding)})
 
-    def _read(self, batch: Batch) -> Read:
+    def _read(self, batch: Batch, unseen: Tensor | None = None) -> Read:
         images = self.normalise(batch["image"])
-        return self.model.read(batch, images, max_length=self.hparams["max_length"])
+        return self.model.read(batch, images, max_length=self.hparams["max_length"], unseen=unseen)
 
-    def _unseen(self, images: Tensor, *, needed: bool) -> Tensor | float:
-        """Nothing, by way of encoder and projector: other ranks, which have images, wait for their gradients.
+    def _unseen(self, images: Tensor) -> Tensor | None:
+        """Zero, by way of encoder and projector, for the words of a batch without an image.
 
-        In one process only where nothing else learns from text alone.
+        Other ranks, which have images, wait for its gradients; and where parts are cut between the ranks, for each part
+        in its turn, forward and backward, though the language model may be frozen. In one process only where nothing
+        else learns from text alone.
         """
-        if self.trainer.world_size == 1 and not needed:
-            return 0.0
+        if len(images) or (self.trainer.world_size == 1 and self.hparams["tune_language_model"] != "frozen"):
+            return None
         blank = self.normalise(images.new_zeros(1, 3, *self.image_size))
         seen, _, encoding = self.model.see(blank)
         return 0 * torch.stack([seen.sum(), *encoding.losses.values()]).sum()

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from dtpvit.errors import UserError
 from dtpvit.interop.timm_models import TimmEncoder
+from dtpvit.tasks.shards import local
 
 __all__ = ["NonFiniteGuard", "clip_shards", "decay_groups", "layer_groups", "optimizer_and_schedule", "warmup_cosine"]
 
@@ -111,11 +112,6 @@ def optimizer_and_schedule(task: lightning.LightningModule, groups: list[dict[st
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-def _local(value: Tensor) -> Tensor:
-    """This rank's part of a tensor that is cut between the ranks; any other as it is."""
-    return value.to_local() if isinstance(value, DTensor) else value
-
-
 @torch.no_grad()
 def clip_shards(parameters: Iterable[nn.Parameter], limit: float, algorithm: str) -> None:
     """Clip gradients of which some are cut between the ranks and the others are the same on all; they call it together.
@@ -126,21 +122,23 @@ def clip_shards(parameters: Iterable[nn.Parameter], limit: float, algorithm: str
         algorithm: ``"norm"`` or ``"value"``.
     """
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    local = [_local(grad) for grad in grads]
+    parts = [local(grad) for grad in grads]
+    if not parts:  # the guard has dropped them, on all ranks
+        return
     if algorithm == "value":
-        for part in local:
+        for part in parts:
             part.clamp_(-limit, limit)
         return
     cut = [isinstance(grad, DTensor) for grad in grads]
     shares, same = (
-        torch.nn.utils.get_total_norm([part for part, is_cut in zip(local, cut, strict=True) if is_cut is wanted])
+        torch.nn.utils.get_total_norm([part for part, is_cut in zip(parts, cut, strict=True) if is_cut is wanted])
         for wanted in (True, False)
     )
-    squared = shares.square().to(local[0].device)
+    squared = shares.square().to(parts[0].device)
     torch.distributed.all_reduce(squared)
     total = (squared + same.square().to(squared)).sqrt()
     factor = (limit / (total + 1e-6)).clamp(max=1.0)
-    for part in local:
+    for part in parts:
         part.mul_(factor)
 
 
@@ -166,7 +164,7 @@ class NonFiniteGuard:
 
     def finite_everywhere(self, values: Iterable[Tensor]) -> bool:
         """Whether all values are finite on all ranks."""
-        norm = torch.nn.utils.get_total_norm([_local(value.detach()) for value in values])
+        norm = torch.nn.utils.get_total_norm([local(value.detach()) for value in values])
         flag = torch.isfinite(norm).to(torch.float32)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MIN)

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from dtpvit.encoder import VisionEncoder
 from dtpvit.errors import UserError
+from dtpvit.interop.language_model import large_parts
 from dtpvit.tasks.classification import Classification
 from dtpvit.tasks.contrastive import Contrastive
+from dtpvit.tasks.image_task import ImageTask
+from dtpvit.tasks.instruction import Instruction
+from dtpvit.tasks.shards import cut_like, whole
 
 __all__ = ["FullySharded"]
 
@@ -28,18 +32,21 @@ _WHO_COMES_FIRST = ("on_fit_start", "on_validation_start", "on_test_start", "on_
 
 
 class FullySharded(ModelParallelStrategy):
-    """Each rank keeps its share of attention, MLPs and token embedding of both towers, and gathers a layer to run it.
+    """Each rank keeps its share of what is large, and gathers a part to run it.
 
-    The rest stays whole on every rank: reducers, whose boundary head must keep its precision, positions, norms, head,
-    and scalars such as the logit scale, which cannot be cut. Its gradients are averaged before the optimizer's step.
-    Checkpoints are single files with whole tensors, those of any other strategy, and continue under any other.
+    Of both towers, or the image encoder, that is attention, MLPs and token embedding; of a language model the decoder
+    layers, embedding and head. The rest stays whole on every rank: reducers, whose boundary head must keep its
+    precision, a projector, positions, norms, head, and scalars such as the logit scale, which cannot be cut. Its
+    gradients are averaged before the optimizer's step. An average of the weights
+    (:class:`dtpvit.tasks.weight_average.WeightAverage`) is cut as they are. Checkpoints are single files with whole
+    tensors, those of any other strategy, and continue under any other.
 
     Args:
         process_group_backend: As of Lightning's strategies; None takes that of the device.
         timeout: Of collectives.
 
     Raises:
-        UserError: When the run starts, if the task or a callback does not work with it.
+        UserError: When the run starts, if the task or this torch does not work with it.
     """
 
     def __init__(
@@ -60,7 +67,7 @@ class FullySharded(ModelParallelStrategy):
         """As Lightning's, which would have the task shard itself."""
         assert self.accelerator is not None and isinstance(self.model, LightningModule)
         self.accelerator.setup(trainer)
-        task = _checked(self.model, trainer)
+        task = _checked(self.model)
         self.precision_plugin.convert_module(task)
         _shard(task, self.device_mesh["data_parallel"])
         self.model_to_device()
@@ -73,24 +80,26 @@ class FullySharded(ModelParallelStrategy):
 
     def on_validation_start(self) -> None:
         """Gather the whole model: ranks have unequally many batches, and cannot wait for each other in each."""
-        self._hold_whole(True)
+        for module in self._cut_modules():
+            module.set_reshard_after_forward(False, recurse=False)
+            module.unshard()
 
     def on_validation_end(self) -> None:
-        """Cut it again."""
-        self._hold_whole(False)
+        """Cut it again, and forget which parts ran: the next backward pass would gather in that order, each its own."""
+        for module in self._cut_modules():
+            module.set_reshard_after_forward(True, recurse=False)
+        root = self.model
+        assert isinstance(root, FSDPModule)
+        root.reset_iter_state()
 
     on_test_start = on_predict_start = on_validation_start
     on_test_end = on_predict_end = on_validation_end
 
-    def _hold_whole(self, whole: bool) -> None:
+    def _cut_modules(self) -> Iterator[FSDPModule]:
         assert self.model is not None
         for module in self.model.modules():
             if isinstance(module, FSDPModule) and module is not self.model:
-                module.set_reshard_after_forward(not whole, recurse=False)
-                if whole:
-                    module.unshard()
-                else:
-                    module.reshard()
+                yield module
 
     @property
     def lightning_restore_optimizer(self) -> bool:
@@ -98,12 +107,12 @@ class FullySharded(ModelParallelStrategy):
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         assert self.lightning_module is not None
-        return {name: _whole(value) for name, value in self.lightning_module.state_dict().items()}
+        return {name: whole(value) for name, value in self.lightning_module.state_dict().items()}
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         found: dict[str, Any] = Strategy.optimizer_state(self, optimizer)
         moments = {
-            number: {name: _whole(value) for name, value in state.items()} for number, state in found["state"].items()
+            number: {name: whole(value) for name, value in state.items()} for number, state in found["state"].items()
         }
         return {**found, "state": moments}
 
@@ -113,47 +122,61 @@ class FullySharded(ModelParallelStrategy):
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         assert self.lightning_module is not None
         mine = self.lightning_module.state_dict()
-        state = {name: _cut_like(mine.get(name), value) for name, value in checkpoint["state_dict"].items()}
+        state = {name: cut_like(mine.get(name), value) for name, value in checkpoint["state_dict"].items()}
         self.lightning_module.load_state_dict(state, strict=strict)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         for optimizer, found in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             moments = {
-                number: {name: _cut_like(parameters[number], value) for name, value in state.items()}
+                number: {name: cut_like(parameters[number], value) for name, value in state.items()}
                 for number, state in found["state"].items()
             }
             optimizer.load_state_dict({**found, "state": moments})
 
 
-def _checked(task: LightningModule, trainer: Trainer) -> Contrastive | Classification:
+def _checked(task: LightningModule) -> ImageTask:
+    if not hasattr(FSDPModule, "reset_iter_state"):
+        raise UserError(
+            f"sharding needs a newer torch than {torch.__version__}, such as 2.14; install one, or take "
+            "configs/launch/ddp.yaml"
+        )
+    if isinstance(task, Instruction):
+        return task
     if not isinstance(task, Contrastive | Classification) or not isinstance(task.trunk, VisionEncoder):
         raise UserError(
-            f"only Contrastive and Classification with a Vision Transformer can be sharded, and this is "
-            f"{type(task).__name__}; leave configs/launch/fsdp.yaml out, or take configs/launch/ddp.yaml"
-        )
-    if any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks):  # pyright: ignore
-        raise UserError(
-            "no average of sharded weights is kept; leave WeightAverage out, or take configs/launch/ddp.yaml"
+            f"only Instruction, and Contrastive and Classification with a Vision Transformer, can be sharded, and this "
+            f"is {type(task).__name__}; leave configs/launch/fsdp.yaml out, or take configs/launch/ddp.yaml"
         )
     return task
 
 
-def _shard(task: Contrastive | Classification, mesh: DeviceMesh) -> None:
-    reducing = {id(module) for module in task.trunk.reducers.modules()}
-    parts = [
-        module
-        for name, module in task.named_modules()
-        if name.rsplit(".", 1)[-1] in _PARTS and id(module) not in reducing
-    ]
-    for part in parts:
-        fully_shard(part, mesh=mesh)
-        if hasattr(part, "towards"):
-            register_fsdp_forward_method(part, "towards")
-    inside = {parameter for part in parts for parameter in part.parameters()}
+def _shard(task: ImageTask, mesh: DeviceMesh) -> None:
+    groups = _parts_of_towers(task)
+    if isinstance(task, Instruction):
+        groups += large_parts(task.model.language_model)
+    for group in groups:
+        fully_shard(group, mesh=mesh)
+        for part in group:
+            if hasattr(part, "towards"):
+                register_fsdp_forward_method(part, "towards")
+    inside = {parameter for group in groups for part in group for parameter in part.parameters()}
     fully_shard(task, mesh=mesh, ignored_params=set(task.parameters()) - inside)
     for name in _WHO_COMES_FIRST:  # else a part would, and take itself for the root
         register_fsdp_forward_method(task, name)
+
+
+def _parts_of_towers(task: ImageTask) -> list[list[nn.Module]]:
+    """What is cut of both towers, or of the image encoder alone where a language model has layers of its own."""
+    towers = task.trunk if isinstance(task, Instruction) else task
+    if not isinstance(task.trunk, VisionEncoder):
+        return []
+    reducing = {id(module) for module in task.trunk.reducers.modules()}
+    return [
+        [module]
+        for name, module in towers.named_modules()
+        if name.rsplit(".", 1)[-1] in _PARTS and id(module) not in reducing
+    ]
 
 
 def _step_apart(optimizer: Optimizer) -> None:
@@ -180,15 +203,3 @@ def _step_apart(optimizer: Optimizer) -> None:
 
     optimizer.register_step_pre_hook(before)
     optimizer.register_step_post_hook(after)
-
-
-def _whole(value: Any) -> Any:
-    """A tensor's values on all ranks together, on the host; all ranks call this."""
-    return value.full_tensor().cpu() if isinstance(value, DTensor) else value
-
-
-def _cut_like(mine: Any, value: Any) -> Any:
-    """This rank's share of a whole tensor, where that which it is for is sharded and has its shape."""
-    if isinstance(mine, DTensor) and isinstance(value, Tensor) and value.shape == mine.shape:
-        return distribute_tensor(value.to(mine.device), mine.device_mesh, mine.placements, src_data_rank=None)
-    return value
