@@ -103,6 +103,17 @@ class Saved(L.Callback):
             trainer.save_checkpoint(self.path)
 
 
+class SavedWithin(Saved):
+    """Saves while the model has the average, as a run that is told to end in a validation does."""
+
+    def on_train_batch_end(self, *unused):
+        pass
+
+    def on_validation_epoch_end(self, trainer, *unused):
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+
+
 def averaged(name, folder, *callbacks, **more):
     """Two epochs of three steps with an average of the weights, which is validated."""
     callback = WeightAverage(0.7, start_step=1)
@@ -121,11 +132,12 @@ def averaged(name, folder, *callbacks, **more):
 
 
 def sharded_average(folder):
-    averaged("average", folder, Saved(folder / f"average-{world()}.ckpt", 4))
+    within = SavedWithin(folder / f"within-{world()}.ckpt", 3)
+    averaged("average", folder, Saved(folder / f"average-{world()}.ckpt", 4), within)
 
 
 def sharded_average_again(folder):
-    """From the checkpoint that one process wrote, from that of two ranks, ."""
+    """From the checkpoint that one process wrote, and from that of two ranks."""
     for source in (1, 2):
         averaged(f"average_from_{source}", folder, ckpt_path=folder / f"average-{source}.ckpt")
 

@@ -71,7 +71,12 @@ def test_an_average_of_sharded_weights_is_that_of_one_process_and_itself_sharded
         assert all(average == mine for average, mine in places) and len(places) == len(
             list(labelled.task().parameters())
         )
-    ours, theirs = (torch.load(sharded / f"average-{world}.ckpt", weights_only=True) for world in (2, 1))
+
+
+@pytest.mark.parametrize("when", ["average", "within"])
+def test_a_checkpoint_has_the_average_and_beside_it_the_weights_to_go_on_from(when, sharded):
+    """One is of a training step, the other of a validation, while the model has the average."""
+    ours, theirs = (torch.load(sharded / f"{when}-{world}.ckpt", weights_only=True) for world in (2, 1))
     assert set(ours) == set(theirs) and ours["callbacks"] == theirs["callbacks"]
     for part in ("state_dict", "current_model_state"):
         assert list(ours[part]) == list(theirs[part])

@@ -115,7 +115,7 @@ def large_parts(model: nn.Module) -> list[list[nn.Module]]:
         Groups of modules that share no parameter.
     """
     inner = _without_adapters(model)
-    named = {name for name in inner._no_split_modules or ()}
+    named = set(inner._no_split_modules or ())
     layers = [module for module in inner.modules() if type(module).__name__ in named]
     if not layers:
         lists = [list(module) for module in inner.modules() if isinstance(module, nn.ModuleList)]
