@@ -63,7 +63,7 @@ test-optional: install-optional
 install-optional: install
 	test -x $(IMG2DATASET)/bin/python || $(PYTHON) -m venv $(IMG2DATASET)
 	$(IMG2DATASET)/bin/python -m pip install $(PIP_ARGS) --quiet img2dataset
-	$(BIN)/python -m pip install $(PIP_ARGS) --quiet -e '.[test-optional]'
+	$(BIN)/python -m pip install $(PIP_ARGS) --quiet -e '.[demo,test-optional]'
 	$(BIN)/python -c 'import gcp_storage_emulator.server, gcsfs, gradio, moto.server, s3fs, wandb'
 
 test-all: lint docs

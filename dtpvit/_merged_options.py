@@ -31,20 +31,12 @@ def parse_merged(parser: ArgumentParser, arguments: list[str]) -> Namespace:
     deep = [found for found in options(arguments) if found[2].startswith("--") and found[2].count(".") >= 3]
     if not deep:
         return parser.parse_args(arguments)
-    try:
-        base = _parsed(parser, _without(arguments, deep))
-    except Exception:  # a required argument is among them
-        base = _parsed(parser, arguments)
-    deep = [found for found in deep if _place(base, found[2]) is not None]
-    others = _without(arguments, deep)  # each where it stood: what is said of a callback follows the callback
-    try:
-        base = _parsed(parser, others)
-    except Exception:
-        for _, _, option, _ in deep:
-            if (place := _place(base, option)) is not None:
-                _drop(place[1], place[2][0])  # of which jsonargparse kept the last option alone
+    base = _parsed_without(parser, arguments, deep)
+    into_mappings = [found for found in deep if _place(base, found[2]) is not None]
+    if len(into_mappings) < len(deep):
+        base = _parsed_without(parser, arguments, into_mappings)
     merged = dict[str, dict[Any, Any]]()
-    for _, _, option, value in deep:
+    for _, _, option, value in into_mappings:
         place = _place(base, option)
         assert place is not None
         path, mapping, keys = place
@@ -52,7 +44,20 @@ def parse_merged(parser: ArgumentParser, arguments: list[str]) -> Namespace:
     dumped = [
         yaml.safe_dump(content, default_flow_style=True, width=math.inf, sort_keys=False) for content in merged.values()
     ]
+    others = _without(arguments, into_mappings)  # each where it stood: what is said of a callback follows the callback
     return parser.parse_args(others + [f"--{path}={text}" for path, text in zip(merged, dumped, strict=True)])
+
+
+def _parsed_without(parser: ArgumentParser, arguments: list[str], found: list[tuple[int, int, str, str]]) -> Namespace:
+    """The subcommand's config as it is without these options."""
+    try:
+        return _parsed(parser, _without(arguments, found))
+    except Exception:  # a required argument is among them
+        config = _parsed(parser, arguments)
+    for _, _, option, _ in found:
+        if (place := _place(config, option)) is not None:
+            _drop(place[1], place[2][0])  # of which jsonargparse kept the last option alone
+    return config
 
 
 def _parsed(parser: ArgumentParser, arguments: list[str]) -> Namespace:

@@ -87,7 +87,7 @@ def naming_file(configs: list[str]) -> Path:
     """
     for path in reversed(configs):
         try:
-            found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            found = parse_yaml(Path(path).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError):  # an address, say; the parser has its own words
             return Path(path)
         if not isinstance(found, dict) or set(found) != {"trainer"}:

@@ -92,18 +92,7 @@ def refused(folder):
     save(folder, "refused", said)
 
 
-class Saved(L.Callback):
-    """Saves after some steps, in the middle of an epoch."""
-
-    def __init__(self, path, step):
-        self.path, self.step = path, step
-
-    def on_train_batch_end(self, trainer, *unused):
-        if trainer.global_step == self.step:
-            trainer.save_checkpoint(self.path)
-
-
-class SavedWithin(Saved):
+class SavedWithin(labelled.Saved):
     """Saves while the model has the average, as a run that is told to end in a validation does."""
 
     def on_train_batch_end(self, *unused):
@@ -133,7 +122,7 @@ def averaged(name, folder, *callbacks, **more):
 
 def sharded_average(folder):
     within = SavedWithin(folder / f"within-{world()}.ckpt", 3)
-    averaged("average", folder, Saved(folder / f"average-{world()}.ckpt", 4), within)
+    averaged("average", folder, labelled.Saved(folder / f"average-{world()}.ckpt", 4), within)
 
 
 def sharded_average_again(folder):

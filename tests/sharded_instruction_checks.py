@@ -11,8 +11,9 @@ from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).parent / "tasks"))
 import conversing
+from labelled import Saved
 from rank_checks import quiet, rank, save, world
-from sharded_checks import Saved, cut, whole_state
+from sharded_checks import cut, whole_state
 
 from dtpvit._run_folder import StepSeed
 from dtpvit.interop.tiny_language_model import make_tiny_language_model

@@ -6,7 +6,6 @@ Some pairs of colour and shape never occur in training, so that zero-shot accura
 import hashlib
 import io
 import json
-import os
 import tarfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -21,6 +20,7 @@ from tqdm import tqdm
 
 from dtpvit.datamodules.image_text import ImageTextShards
 from dtpvit.datamodules.scenes import CLASSES, HELD_OUT, SEEN, Scene, draw_scene
+from dtpvit.datamodules.shard_survey import default_workers
 from dtpvit.datamodules.worker_signals import end_with_parent
 from dtpvit.errors import UserError
 
@@ -178,7 +178,7 @@ def _write_all(folder: Path, parameters: ShapesParameters, processes: int | None
     shards = list(_plan(folder, parameters))
     for name in ("train", "val", *_LABELLED):
         (folder / name).mkdir(parents=True)
-    workers = min(processes or _cores(), len(shards))
+    workers = min(processes or default_workers(), len(shards))
     scenes = sum(shard.last - shard.first for shard in shards)
     with tqdm(total=scenes, desc="Drawing shapes", unit="scene") as bar:
         if workers == 1:
@@ -197,11 +197,6 @@ def _write_all(folder: Path, parameters: ShapesParameters, processes: int | None
         _write_lines(folder / name / "classnames.txt", [f"{colour} {shape}" for colour, shape in CLASSES])
         _write_lines(folder / name / "templates.txt", _TEMPLATES)
     (folder / "shapes.json").write_text(json.dumps(_record(parameters), indent=1) + "\n")
-
-
-def _cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _plan(folder: Path, parameters: ShapesParameters) -> Iterator[_Shard]:

@@ -15,6 +15,7 @@ import yaml
 from dtpvit.errors import UserError
 from dtpvit.interop.weight_files import read_checkpoint
 from dtpvit.json_input import parse_json
+from dtpvit.yaml_input import parse_yaml
 
 __all__ = ["RunRecord", "judged_on", "read_runs"]
 
@@ -179,7 +180,7 @@ def _part(run: RunRecord, name: str, read: Callable[[Path], Found], otherwise: F
 
 
 def _config(path: Path) -> dict[str, Any]:
-    found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    found = parse_yaml(path.read_text(encoding="utf-8"))
     if not isinstance(found, dict):
         raise ValueError("expected a mapping")
     return found

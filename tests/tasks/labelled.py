@@ -113,8 +113,8 @@ def fit(module, data=None, ckpt_path=None, **options):
     return {name: float(value) for name, value in run.callback_metrics.items()}
 
 
-class Stop(L.Callback):
-    """Saves and dies after some optimizer steps, as a job that is killed."""
+class Saved(L.Callback):
+    """Saves after some optimizer steps, in the middle of an epoch."""
 
     def __init__(self, path, step):
         self.path, self.step = path, step
@@ -122,6 +122,14 @@ class Stop(L.Callback):
     def on_train_batch_end(self, trainer, *unused):
         if trainer.global_step == self.step:
             trainer.save_checkpoint(self.path)
+
+
+class Stop(Saved):
+    """Saves and dies after some optimizer steps, as a job that is killed."""
+
+    def on_train_batch_end(self, trainer, *unused):
+        super().on_train_batch_end(trainer, *unused)
+        if trainer.global_step == self.step:
             raise Killed
 
 
